@@ -1,0 +1,106 @@
+// Vectors of one cache line, written with GCC's vector extensions: the compiler maps them to whatever the machine has
+// (one AVX-512 register, two AVX2 registers, four SSE or NEON registers), so there is one source and no intrinsics.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace simd {
+
+constexpr int FLOATS = 16;  // floats in a vector
+constexpr int DOUBLES = 8;  // doubles in a vector
+
+typedef float vecf __attribute__((vector_size(64)));
+typedef int32_t veci __attribute__((vector_size(64)));
+typedef double vecd __attribute__((vector_size(64)));
+typedef int64_t vecl __attribute__((vector_size(64)));
+
+typedef float vecf_anywhere __attribute__((vector_size(64), aligned(4), may_alias));
+
+inline vecf load(const float* p) { return *reinterpret_cast<const vecf_anywhere*>(p); }
+inline void store(float* p, vecf x) { *reinterpret_cast<vecf_anywhere*>(p) = x; }
+inline vecf splat(float x) { return x - vecf{}; }
+inline vecd splat(double x) { return x - vecd{}; }
+
+inline float sum(vecf x) {
+    float s[FLOATS];
+    store(s, x);
+    for (int width = FLOATS / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) s[i] += s[i + width];
+    return s[0];
+}
+
+// exp(x), relative error about 1e-7 over the whole range; 0 below -104, infinity above 89, NaN stays NaN.
+// x = n ln 2 + f with |f| <= ln 2 / 2; a polynomial (Cephes) gives e^f, and 2^n is multiplied on in two halves, so
+// that results below the normal range round correctly instead of wrapping around.
+inline vecf exp(vecf x) {
+    x = x < -104.0f ? splat(-104.0f) : x;
+    x = x > 89.0f ? splat(89.0f) : x;
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+    vecf shifted = x * 1.44269504f + shift;
+    vecf n = shifted - shift;
+    vecf f = x - n * 0.693359375f;
+    f = f - n * -2.12194440e-4f;
+    vecf p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * (f * f) + (f + 1.0f);
+    veci power = (veci)shifted - (veci)splat(shift);
+    veci half = power >> 1;
+    vecf low = (vecf)((half + 127) << 23);
+    vecf high = (vecf)((power - half + 127) << 23);
+    return p * low * high;
+}
+
+// exp(x) for x <= 0 in double: the range of double (to e^-708, 0 below), a relative error of 3e-10.
+inline vecd exp_negative(vecd x) {
+    vecl tiny = x < -708.0;
+    x = tiny ? splat(-708.0) : x;
+    const double shift = 6755399441055744.0;  // 1.5 * 2^52
+    vecd shifted = x * 1.4426950408889634 + shift;
+    vecd n = shifted - shift;
+    vecd f = x - n * 0.69314718055994531;
+    vecd p = f * (1.0 / 40320) + 1.0 / 5040;
+    p = p * f + 1.0 / 720;
+    p = p * f + 1.0 / 120;
+    p = p * f + 1.0 / 24;
+    p = p * f + 1.0 / 6;
+    p = p * f + 0.5;
+    p = p * f + 1.0;
+    p = p * f + 1.0;
+    vecl power = (vecl)shifted - (vecl)splat(shift);
+    vecd scale = (vecd)((power + 1023) << 52);
+    return tiny ? vecd{} : p * scale;
+}
+
+// Working memory of one thread, aligned to a cache line. reserve() keeps no old contents.
+template <typename T>
+class Scratch {
+  public:
+    Scratch() = default;
+    explicit Scratch(size_t count) { reserve(count); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { std::free(data_); }
+
+    T* reserve(size_t count) {
+        if (count > size_) {
+            std::free(data_);
+            size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+            data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+            if (data_ == nullptr) throw std::bad_alloc();
+            size_ = count;
+        }
+        return data_;
+    }
+    T* data() { return data_; }
+
+  private:
+    T* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+}  // namespace simd

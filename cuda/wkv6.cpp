@@ -1,0 +1,281 @@
+// WKV-6 on the CPU. Per sequence and head, with a state S of N keys by N values and the decay w = exp(-exp(raw w)):
+//
+//     y_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)        S_t = diag(w_t) S_{t-1} + k_t v_t^T
+//
+// Everything expensive here, forward and backward, is one kind of loop, the scan:
+//
+//     out_t += x_t^T A        A <- w_t A + p_t q_t^T
+//
+// whose matrix A has its decay either on the rows or on the columns (lanes). A block of A stays in registers while the
+// scan walks a tile of time, so each element of A costs two multiply-adds per step and no memory traffic.
+//
+// Layout: r, k, v, w, y (rows, H, N) with the sequences one after another in the rows; u (H, N); states (S, H, N, N).
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+namespace {
+
+using simd::Scratch;
+using simd::vecf;
+
+constexpr int LANES = simd::FLOATS;
+constexpr int64_t TILE = 64;               // steps whose inputs are packed side by side and scanned together
+constexpr int64_t PARALLEL_WORK = 1 << 16;  // state elements touched below which waking a second thread costs more
+constexpr float DEAD = -17.0f;  // log decay below which d/dw = g e^g (...) is under fp32's resolution; see backward
+
+enum class Decay { rows, lanes };
+enum class Direction { forwards, backwards };
+
+// Where the sequences lie in the rows: equal lengths, or offsets (S + 1).
+struct Sequences {
+    int64_t count, length;
+    const int64_t* offsets;
+
+    int64_t begin(int64_t s) const { return offsets ? offsets[s] : s * length; }
+    int64_t end(int64_t s) const { return offsets ? offsets[s + 1] : (s + 1) * length; }
+    int64_t rows() const { return end(count - 1); }
+    int64_t longest() const {
+        int64_t most = 0;
+        for (int64_t s = 0; s < count; s++) most = std::max(most, end(s) - begin(s));
+        return most;
+    }
+};
+
+// The scan over a packed tile of `steps` rows of n floats. ROWS x COLS vectors of `matrix` (n, n) are held in registers.
+template <int ROWS, int COLS, Decay DECAY>
+inline __attribute__((always_inline)) void scan_blocks(int n, int64_t steps, Direction direction, const float* x,
+                                                       const float* w, const float* p, const float* q, float* out,
+                                                       float* matrix) {
+    for (int column = 0; column < n; column += COLS * LANES) {
+        for (int row = 0; row < n; row += ROWS) {
+            float* block = matrix + row * n + column;
+            vecf a[ROWS][COLS];
+            for (int i = 0; i < ROWS; i++)
+                for (int c = 0; c < COLS; c++) a[i][c] = simd::load(block + i * n + c * LANES);
+            for (int64_t step = 0; step < steps; step++) {
+                int64_t t = (direction == Direction::forwards ? step : steps - 1 - step) * n;
+                const float *x_t = x + t + row, *p_t = p + t + row, *w_row = w + t + row;
+                const float *q_t = q + t + column, *w_lane = w + t + column;
+                float* out_t = out + t + column;
+                vecf y[COLS], q_c[COLS];
+                for (int c = 0; c < COLS; c++) {
+                    y[c] = simd::load(out_t + c * LANES);
+                    q_c[c] = simd::load(q_t + c * LANES);
+                }
+                for (int i = 0; i < ROWS; i++) {
+                    for (int c = 0; c < COLS; c++) {
+                        vecf decay = DECAY == Decay::rows ? simd::splat(w_row[i]) : simd::load(w_lane + c * LANES);
+                        y[c] += x_t[i] * a[i][c];
+                        a[i][c] = decay * a[i][c] + p_t[i] * q_c[c];
+                    }
+                }
+                for (int c = 0; c < COLS; c++) simd::store(out_t + c * LANES, y[c]);
+            }
+            for (int i = 0; i < ROWS; i++)
+                for (int c = 0; c < COLS; c++) simd::store(block + i * n + c * LANES, a[i][c]);
+        }
+    }
+}
+
+// N fixed at compile time for the usual head sizes; N = 0 takes any multiple of 16 at run time.
+template <int N, Decay DECAY>
+void scan(int n, int64_t steps, Direction direction, const float* x, const float* w, const float* p, const float* q,
+          float* out, float* matrix) {
+    constexpr int COLS = N >= 64 ? 4 : N == 32 ? 2 : 1;
+    constexpr int ROWS = 16 / COLS;  // sixteen vectors of state: half of AVX-512's registers, the rest are operands
+    scan_blocks<ROWS, COLS, DECAY>(N ? N : n, steps, direction, x, w, p, q, out, matrix);
+}
+
+void pack(int64_t steps, int n, int64_t stride, const float* from, float* to) {
+    for (int64_t t = 0; t < steps; t++) std::memcpy(to + t * n, from + t * stride, n * sizeof(float));
+}
+
+void pack_decay(int64_t steps, int n, int64_t stride, const float* raw, float* log_decay, float* decay) {
+    for (int64_t t = 0; t < steps; t++) {
+        for (int i = 0; i < n; i += LANES) {
+            vecf g = -simd::exp(simd::load(raw + t * stride + i));
+            if (log_decay) simd::store(log_decay + t * n + i, g);
+            simd::store(decay + t * n + i, simd::exp(g));
+        }
+    }
+}
+
+void transpose(int n, const float* from, float* to) {
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < n; j++) to[j * n + i] = from[i * n + j];
+}
+
+float dot(int n, const float* a, const float* b) {
+    vecf s = {};
+    for (int i = 0; i < n; i += LANES) s += simd::load(a + i) * simd::load(b + i);
+    return simd::sum(s);
+}
+
+float dot(int n, const float* a, const float* b, const float* c) {
+    vecf s = {};
+    for (int i = 0; i < n; i += LANES) s += simd::load(a + i) * simd::load(b + i) * simd::load(c + i);
+    return simd::sum(s);
+}
+
+struct Inputs {
+    const float *r, *k, *v, *w, *u, *state;
+};
+
+template <int N>
+void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& in, float* y, float* final_state) {
+    const int n = N ? N : n_runtime;
+    const int64_t stride = heads * n, tile = std::min(TILE, seqs.longest());
+#pragma omp parallel if (seqs.rows() * stride * n > PARALLEL_WORK)
+    {
+        Scratch<float> scratch(5 * tile * n);
+        float *r = scratch.data(), *k = r + tile * n, *v = k + tile * n, *w = v + tile * n, *out = w + tile * n;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < seqs.count * heads; item++) {
+            const int64_t sequence = item / heads, head = item % heads;
+            const float* u = in.u + head * n;
+            float* state = final_state + item * n * n;
+            std::memcpy(state, in.state + item * n * n, n * n * sizeof(float));
+            for (int64_t t0 = seqs.begin(sequence), end = seqs.end(sequence); t0 < end; t0 += tile) {
+                const int64_t steps = std::min(tile, end - t0), at = t0 * stride + head * n;
+                pack(steps, n, stride, in.r + at, r);
+                pack(steps, n, stride, in.k + at, k);
+                pack(steps, n, stride, in.v + at, v);
+                pack_decay(steps, n, stride, in.w + at, nullptr, w);
+                for (int64_t t = 0; t < steps; t++) {  // the current token reaches the output through u alone
+                    const float ruk = dot(n, r + t * n, u, k + t * n);
+                    for (int j = 0; j < n; j += LANES) simd::store(out + t * n + j, ruk * simd::load(v + t * n + j));
+                }
+                scan<N, Decay::rows>(n, steps, Direction::forwards, r, w, k, v, out, state);
+                for (int64_t t = 0; t < steps; t++)
+                    std::memcpy(y + at + t * stride, out + t * n, n * sizeof(float));
+            }
+        }
+    }
+}
+
+struct Gradients {
+    float *r, *k, *v, *w, *u, *state;  // u: partial sums (S, H, N), added up by the caller in a fixed order
+};
+
+// With G_t = dL/dS_t, primes marking the parts without u, and products of a vector and a vector taken per element:
+//
+//     dr'_t = S_{t-1} dy_t       dk'_t = G_t v_t       dv'_t = G_t^T k_t       G_{t-1} = diag(w_t) G_t + r_t dy_t^T
+//
+// are three scans. The gradient of the log decay g needs no scan of its own: with A_t = rowsum(G_t S_t),
+//
+//     dg_t = w_t rowsum(G_t S_{t-1}) = A_t - k_t dk'_t       A_{t-1} = dg_t + r_t dr'_t
+//
+// A is formed afresh from both matrices at the end of every tile, so rounding errors add up over TILE steps at most.
+template <int N>
+void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& in, const float* dy,
+              const float* dfinal, const Gradients& grad) {
+    const int n = N ? N : n_runtime;
+    const int64_t stride = heads * n, tile = std::min(TILE, seqs.longest());
+#pragma omp parallel if (seqs.rows() * stride * n > PARALLEL_WORK)
+    {
+        Scratch<float> scratch(10 * tile * n + 2 * n * n), checkpoints;
+        float *r = scratch.data(), *k = r + tile * n, *v = k + tile * n, *w = v + tile * n, *g = w + tile * n;
+        float *dout = g + tile * n, *dr = dout + tile * n, *dk = dr + tile * n, *dv = dk + tile * n;
+        float *A = dv + tile * n, *G_transposed = A + tile * n, *S_transposed = G_transposed + n * n;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < seqs.count * heads; item++) {
+            const int64_t sequence = item / heads, head = item % heads;
+            const int64_t begin = seqs.begin(sequence), end = seqs.end(sequence), tiles = (end - begin + tile - 1) / tile;
+            const float* u = in.u + head * n;
+            float* G = grad.state + item * n * n;
+            float* du = grad.u + item * n;
+            float* states = checkpoints.reserve(tiles * n * n);  // S^T at the end of each tile
+            std::memcpy(G, dfinal + item * n * n, n * n * sizeof(float));
+            std::fill(du, du + n, 0.0f);
+            transpose(n, G, G_transposed);
+            transpose(n, in.state + item * n * n, S_transposed);
+
+            for (int64_t i = 0; i < tiles; i++) {
+                const int64_t t0 = begin + i * tile, steps = std::min(tile, end - t0), at = t0 * stride + head * n;
+                pack(steps, n, stride, in.k + at, k);
+                pack(steps, n, stride, in.v + at, v);
+                pack(steps, n, stride, dy + at, dout);
+                pack_decay(steps, n, stride, in.w + at, nullptr, w);
+                std::fill(dr, dr + steps * n, 0.0f);
+                scan<N, Decay::lanes>(n, steps, Direction::forwards, dout, w, v, k, dr, S_transposed);
+                for (int64_t t = 0; t < steps; t++)
+                    std::memcpy(grad.r + at + t * stride, dr + t * n, n * sizeof(float));
+                std::memcpy(states + i * n * n, S_transposed, n * n * sizeof(float));
+            }
+
+            for (int64_t i = tiles - 1; i >= 0; i--) {
+                const int64_t t0 = begin + i * tile, steps = std::min(tile, end - t0), at = t0 * stride + head * n;
+                pack(steps, n, stride, in.r + at, r);
+                pack(steps, n, stride, in.k + at, k);
+                pack(steps, n, stride, in.v + at, v);
+                pack(steps, n, stride, dy + at, dout);
+                pack_decay(steps, n, stride, in.w + at, g, w);
+                const float* S_end = states + i * n * n;
+                for (int c = 0; c < n; c += LANES) {
+                    vecf a = {};
+                    for (int j = 0; j < n; j++) a += simd::load(S_end + j * n + c) * simd::load(G_transposed + j * n + c);
+                    simd::store(A + c, a);
+                }
+                std::fill(dk, dk + steps * n, 0.0f);
+                scan<N, Decay::lanes>(n, steps, Direction::backwards, v, w, dout, r, dk, G_transposed);
+                std::fill(dv, dv + steps * n, 0.0f);
+                scan<N, Decay::rows>(n, steps, Direction::backwards, k, w, r, dout, dv, G);
+                for (int64_t t = steps - 1; t >= 0; t--) {
+                    const int64_t here = at + t * stride, tn = t * n;
+                    const float v_dy = dot(n, v + tn, dout + tn), ruk = dot(n, r + tn, u, k + tn);
+                    for (int c = 0; c < n; c += LANES) {
+                        const vecf r_t = simd::load(r + tn + c), k_t = simd::load(k + tn + c), u_c = simd::load(u + c);
+                        const vecf dr_t = simd::load(grad.r + here + c), dk_t = simd::load(dk + tn + c);
+                        const vecf g_t = simd::load(g + tn + c), dg = simd::load(A + c) - k_t * dk_t;
+                        simd::store(A + c, dg + r_t * dr_t);
+                        // A dead channel's dg is zero up to a rounding error, which g (down to -exp(8)) would magnify.
+                        simd::store(grad.w + here + c, g_t < DEAD ? vecf{} : g_t * dg);
+                        simd::store(grad.r + here + c, dr_t + u_c * k_t * v_dy);
+                        simd::store(grad.k + here + c, dk_t + u_c * r_t * v_dy);
+                        simd::store(grad.v + here + c, simd::load(dv + tn + c) + ruk * simd::load(dout + tn + c));
+                        simd::store(du + c, simd::load(du + c) + r_t * k_t * v_dy);
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// offsets: (sequences + 1) row numbers, or null when every sequence has `length` rows. head_size: a multiple of 16.
+extern "C" void visualrwkv_wkv6_forward(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
+                                        int64_t head_size, const float* r, const float* k, const float* v,
+                                        const float* w, const float* u, const float* state, float* y,
+                                        float* final_state) {
+    const Sequences seqs{sequences, length, offsets};
+    const Inputs in{r, k, v, w, u, state};
+    switch (head_size) {
+        case 16: return forward<16>(seqs, heads, 16, in, y, final_state);
+        case 32: return forward<32>(seqs, heads, 32, in, y, final_state);
+        case 64: return forward<64>(seqs, heads, 64, in, y, final_state);
+        case 128: return forward<128>(seqs, heads, 128, in, y, final_state);
+        default: return forward<0>(seqs, heads, static_cast<int>(head_size), in, y, final_state);
+    }
+}
+
+// du_parts: (sequences, heads, head_size), one partial gradient of u per sequence.
+extern "C" void visualrwkv_wkv6_backward(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
+                                         int64_t head_size, const float* r, const float* k, const float* v,
+                                         const float* w, const float* u, const float* state, const float* dy,
+                                         const float* dfinal_state, float* dr, float* dk, float* dv, float* dw,
+                                         float* du_parts, float* dstate) {
+    const Sequences seqs{sequences, length, offsets};
+    const Inputs in{r, k, v, w, u, state};
+    const Gradients grad{dr, dk, dv, dw, du_parts, dstate};
+    switch (head_size) {
+        case 16: return backward<16>(seqs, heads, 16, in, dy, dfinal_state, grad);
+        case 32: return backward<32>(seqs, heads, 32, in, dy, dfinal_state, grad);
+        case 64: return backward<64>(seqs, heads, 64, in, dy, dfinal_state, grad);
+        case 128: return backward<128>(seqs, heads, 128, in, dy, dfinal_state, grad);
+        default: return backward<0>(seqs, heads, static_cast<int>(head_size), in, dy, dfinal_state, grad);
+    }
+}

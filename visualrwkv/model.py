@@ -1,0 +1,127 @@
+"""VisualRWKV: pictures become image tokens, image tokens take the placeholders' seats, the RNN reads the row.
+
+B rows, T tokens a row, C channels, V vocabulary, I pictures, P patches, M image tokens, D vision width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from visualrwkv.config import ModelConfig
+from visualrwkv.rwkv.rwkv6 import RWKV6, Order
+from visualrwkv.rwkv.state import State
+from visualrwkv.vision.pool import pool
+from visualrwkv.vision.projector import make_projector
+from visualrwkv.vision.scan import read_order, scan_orders
+from visualrwkv.vision.vrwkv import VRWKV
+
+IMAGE_PLACEHOLDER = 65535
+"""The id whose seat an image token takes; the World vocabulary does not define it."""
+
+
+class VisualRWKV(nn.Module):
+    """Vision encoder `vit`, projector `proj` and language model `rwkv`; without a vision config, the language model alone."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.rwkv = RWKV6(config.rwkv)
+        self.vit: VRWKV | None = None
+        self.proj: nn.Module | None = None
+        if config.vision:
+            self.vit = VRWKV(config.vision)
+            self.proj = make_projector(config.projector, config.vision.width, config.rwkv.n_embd)
+            self.scan = scan_orders(config.scan, config.token_grid)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rwkv.emb.weight.device
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures (I, 3, H, W) -> pooled features (I, M, D), before the projector."""
+        assert self.vit is not None
+        assert self.config.vision is not None
+        patch = self.config.vision.patch_size
+        grid = (-(-pixels.shape[-2] // patch), -(-pixels.shape[-1] // patch))
+        patches = self.vit(pixels.to(self.device, self.vit.pos_embed.dtype))
+        return pool(patches, grid, self.config.token_grid)
+
+    def embed_image(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures (I, 3, H, W) -> image tokens (I, M, C)."""
+        if self.vit is None or self.proj is None:
+            raise ValueError("this model has no vision encoder; it answers text only")
+        return self.proj(self.encode(pixels))
+
+    def splice(self, ids: Tensor, images: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Embeddings with the image tokens in their seats: ids (T,) -> x (T, C), is_image (T,).
+
+        images: pixels (I, 3, H, W) or a list of (3, H, W) in the order of their placeholders, M of which stand for each.
+        """
+        is_image = ids == IMAGE_PLACEHOLDER
+        count = 0 if images is None else len(images)
+        seats = int(is_image.sum())
+        if seats != count * self.config.image_tokens:
+            raise ValueError(
+                f"{seats} image placeholders for {count} pictures of {self.config.image_tokens} image tokens each"
+            )
+        x = self.rwkv.emb(ids.masked_fill(is_image, 0))
+        if images is not None and count:
+            pixels = images if isinstance(images, Tensor) else torch.stack(list(images))
+            tokens = self.embed_image(pixels).flatten(0, 1)
+            x = x.masked_scatter(is_image[:, None], tokens.to(x.dtype))
+        return x, is_image
+
+    def orders(self, is_image: Tensor) -> list[Order | None] | None:
+        """Each block's reading order of a row, or None where all read it as it stands."""
+        if self.vit is None or len(self.scan) == 1 or not bool(is_image.any()):
+            return None
+        return [None if order is None else Order(*read_order(is_image, order)) for order in self.scan]
+
+    def hidden(
+        self,
+        ids: Tensor,
+        images: Tensor | Sequence[Tensor] | None = None,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """The last layer's output, before the head: arguments as `forward` -> hidden (B, T, C), State."""
+        B, T = ids.shape
+        if cu_seqlens is None:
+            bounds = torch.arange(0, B * T + 1, T, device=ids.device)
+        else:
+            check_bounds(cu_seqlens, B, T)
+            bounds = cu_seqlens.to(ids.device, torch.int64)
+        if state is not None and len(state) != len(bounds) - 1:
+            raise ValueError(f"the state holds {len(state)} sequences, the input {len(bounds) - 1}")
+        x, is_image = self.splice(ids.flatten(), images)
+        hidden, state = self.rwkv(x, bounds, state, self.orders(is_image))
+        return hidden.view(B, T, -1), state
+
+    def forward(
+        self,
+        ids: Tensor,
+        images: Tensor | Sequence[Tensor] | None = None,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Read ids (B, T) and say what may come next.
+
+        images: the pictures' pixels in order, M placeholders each; state: where to go on from (B rows); cu_seqlens
+        (S+1,): bounds of S sequences packed in one row (B = 1), then the State has S rows. Any T ≥ 1, no padding.
+        Returns logits (B, T, V) and the new State; the given one is not changed.
+        """
+        hidden, state = self.hidden(ids, images, state, cu_seqlens)
+        return self.rwkv.head(hidden), state
+
+
+def check_bounds(cu_seqlens: Tensor, B: int, T: int) -> None:
+    """ValueError unless cu_seqlens rises from 0 to T and B is 1."""
+    if B != 1:
+        raise ValueError(f"cu_seqlens needs one packed row, got a batch of {B}")
+    bounds = cu_seqlens.tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != T or any(a >= b for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {T} (the row's length), got {bounds[:8]}")

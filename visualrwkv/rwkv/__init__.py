@@ -1,0 +1,1 @@
+"""The language models: one file reads like its paper."""

@@ -1,0 +1,190 @@
+"""RWKV-6 (x060): Eagle and Finch, arXiv 2404.05892. Parameter names are those of the public checkpoints.
+
+T tokens of all sequences in one packed row, S sequences, C channels, H heads, N head size, F channel-mix width, V vocabulary.
+A row needs no padding: token shift and recurrence restart where a sequence starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visualrwkv.config import RWKVConfig
+from visualrwkv.ops import wkv6
+from visualrwkv.rwkv.state import State
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which a block reads the row: `read` (T,) gathers, `back` (T,) is its inverse."""
+
+    read: Tensor
+    back: Tensor
+
+
+def token_shift(x: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
+    """Each token's predecessor: x (T, C), `last` (S, C) what came before each sequence (None: nothing) -> (T, C)."""
+    before = torch.zeros_like(x)
+    before[1:] = x[:-1]
+    starts = cu_seqlens[:-1]
+    fill = x.new_zeros(len(starts), x.shape[1]) if last is None else last.to(x.dtype)
+    return before.index_copy(0, starts, fill)
+
+
+class TimeMix(nn.Module):
+    """Mixes over time: data-dependent token shift, data-dependent decay, the `wkv6` recurrence, a gate."""
+
+    def __init__(self, config: RWKVConfig, layer: int):
+        super().__init__()
+        C, H, N = config.n_embd, config.n_head, config.head_size
+        self.n_head, self.head_size = H, N
+        self.time_maa_x = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_w = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_v = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_g = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.mix_rank))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, config.mix_rank, C))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, C))
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_rank))
+        self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_rank, C))
+        self.time_faaaa = nn.Parameter(torch.empty(H, N))
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+        self.gate = nn.Linear(C, C, bias=False)
+        self.ln_x = nn.GroupNorm(H, C, eps=1e-5 * 8**2)  # 8: the family's head_size_divisor
+        self.reset_parameters(layer, config.n_layer)
+
+    @torch.no_grad()
+    def reset_parameters(self, layer: int, n_layer: int) -> None:
+        """The family's initial values: mixes and decays spread over channels and layers."""
+        C = self.time_maa_x.numel()
+        r0, r1 = layer / max(n_layer - 1, 1), 1 - layer / n_layer
+        n = torch.arange(C)
+        ddd = n / C
+        for maa in (self.time_maa_x, self.time_maa_w, self.time_maa_k):
+            maa[0, 0] = 1 - ddd**r1
+        self.time_maa_v[0, 0] = 1 - (ddd**r1 + 0.3 * r0)
+        for maa in (self.time_maa_r, self.time_maa_g):
+            maa[0, 0] = 1 - ddd ** (0.5 * r1)
+        ramp = n / max(C - 1, 1)
+        self.time_decay[0, 0] = -6 + 5 * ramp ** (0.7 + 1.3 * r0)
+        self.time_faaaa.copy_((r0 * (1 - ramp) + 0.1 * ((n + 1) % 3 - 1)).view_as(self.time_faaaa))
+        for w1, w2 in ((self.time_maa_w1, self.time_maa_w2), (self.time_decay_w1, self.time_decay_w2)):
+            nn.init.zeros_(w1)
+            nn.init.uniform_(w2, -0.01, 0.01)
+        for linear, gain in ((self.receptance, 1.0), (self.value, 1.0), (self.key, 0.1), (self.gate, 0.1)):
+            nn.init.orthogonal_(linear.weight, gain)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None, wkv: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (T, C), last (S, C), wkv (S, H, N, N) -> out (T, C), new wkv."""
+        T, C = x.shape
+        H, N = self.n_head, self.head_size
+        xx = token_shift(x, cu_seqlens, last) - x
+        p = torch.tanh((x + xx * self.time_maa_x[0]) @ self.time_maa_w1)
+        delta = torch.bmm(p.view(T, 5, -1).transpose(0, 1), self.time_maa_w2)  # (5, T, C)
+        maa = torch.cat([self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g])
+        xw, xk, xv, xr, xg = torch.addcmul(x, xx, delta + maa).unbind(0)
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        g = F.silu(self.gate(xg))
+        w = self.time_decay[0] + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        r, k, v, w = (t.view(1, T, H, N) for t in (r, k, v, w.to(r.dtype)))
+        y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, cu_seqlens)
+        return self.output(self.ln_x(y.view(T, C)) * g), wkv
+
+
+class ChannelMix(nn.Module):
+    """Mixes over channels: squared ReLU with a receptance gate."""
+
+    def __init__(self, config: RWKVConfig, layer: int):
+        super().__init__()
+        C, wide = config.n_embd, config.dim_ffn
+        r1 = 1 - layer / config.n_layer
+        maa = (1 - (torch.arange(C) / C) ** r1).view(1, 1, C)
+        self.time_maa_k = nn.Parameter(maa.clone())
+        self.time_maa_r = nn.Parameter(maa.clone())
+        self.key = nn.Linear(C, wide, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(wide, C, bias=False)
+        nn.init.orthogonal_(self.key.weight, max(wide / C, 1) ** 0.5)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.receptance.weight)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
+        """x (T, C), last (S, C) -> (T, C)."""
+        xx = token_shift(x, cu_seqlens, last) - x
+        k = torch.relu(self.key(torch.addcmul(x, xx, self.time_maa_k[0]))).square()
+        r = torch.sigmoid(self.receptance(torch.addcmul(x, xx, self.time_maa_r[0])))
+        return r * self.value(k)
+
+
+class Block(nn.Module):
+    """x += time-mix(ln1(x)); x += channel-mix(ln2(x)). Block 0 first normalises the embeddings, of pictures too."""
+
+    def __init__(self, config: RWKVConfig, layer: int):
+        super().__init__()
+        C = config.n_embd
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(C)
+        self.ln1 = nn.LayerNorm(C)
+        self.ln2 = nn.LayerNorm(C)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config, layer)
+        self.layer = layer
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, state: tuple[Tensor, Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """x (T, C), this layer's part of the state -> x (T, C), its part of the new state."""
+        att_last, ffn_last, wkv = state if state is not None else (None, None, None)
+        ends = cu_seqlens[1:] - 1
+        if self.layer == 0:
+            x = self.ln0(x)
+        h = self.ln1(x)
+        out, wkv = self.att(h, cu_seqlens, att_last, wkv)
+        x = x + out
+        h2 = self.ln2(x)
+        x = x + self.ffn(h2, cu_seqlens, ffn_last)
+        return x, (h[ends].float(), h2[ends].float(), wkv)  # fp32: a state outlives the dtype it was made in
+
+
+class RWKV6(nn.Module):
+    """The language model: embeddings in, hidden states and the new state out; `emb` and `head` are the caller's doors."""
+
+    def __init__(self, config: RWKVConfig):
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)  # tiny: ln0 scales it up
+        nn.init.zeros_(self.head.weight)  # a new model says nothing; training/loss.py wakes the rows that it needs
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, state: State | None = None, orders: list[Order | None] | None = None
+    ) -> tuple[Tensor, State]:
+        """Read a packed row.
+
+        x (T, C) embeddings of S sequences one after the other, cu_seqlens (S+1,) int64 their bounds, state of S rows or
+        None; `orders`: block i reads the row in orders[i mod len] (None: as it stands). Returns hidden (T, C) after
+        `ln_out`, and the State of S rows after the last token of each sequence.
+        """
+        parts = []
+        for i, block in enumerate(self.blocks):
+            order = orders[i % len(orders)] if orders else None
+            before = None if state is None else (state.att_shift[i], state.ffn_shift[i], state.wkv[i])
+            if order is None:
+                x, after = block(x, cu_seqlens, before)
+            else:
+                x, after = block(x.index_select(0, order.read), cu_seqlens, before)
+                x = x.index_select(0, order.back)
+            parts.append(after)
+        return self.ln_out(x), State(*(torch.stack(p) for p in zip(*parts)))

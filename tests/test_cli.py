@@ -1,0 +1,100 @@
+"""The command, as a user starts it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from visualrwkv.chat import load
+from visualrwkv.checkpoint import save_model, save_vision
+from visualrwkv.ops import library
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments, stdin=""):
+    line = [sys.executable, "-m", "visualrwkv.cli", *map(str, arguments)]
+    quiet = {} if library.COMPILED else {"VISUALRWKV_KERNELS": "0"}  # without kernels a log line would say so
+    settings = {"cwd": ROOT, "env": os.environ | quiet, "encoding": "utf-8", "timeout": 120}
+    return subprocess.run(line, input=stdin, capture_output=True, **settings)
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, picture, tmp_path_factory):
+    """A directory with a model, a language model, an encoder and two pictures."""
+    place = tmp_path_factory.mktemp("cli")
+    model = tiny_model()
+    save_model(model, place / "model")
+    save_vision(model.vit, place / "vit")
+    torch.save(model.rwkv.state_dict(), place / "lm.pth")
+    picture(0).save(place / "a.png")
+    picture(1).save(place / "b.png")
+    (place / "words.png").write_text("these are words")
+    return place
+
+
+def answers(vlm, *turns, images=None):
+    """What a conversation prints: (question, pictures) after one another."""
+    session = vlm.session(images)
+    return "".join("".join(session.stream(text, new, max_new_tokens=6)) + "\n" for text, new in turns)
+
+
+def test_chat_about_pictures(place):
+    a, b = place / "a.png", place / "b.png"
+    said = f"What is this?\n\n/undo\nWhat colour?\n/image {b}\nAnd this?\nSure?\n/exit\nnot read\n"
+    done = command("chat", "--model", place / "model", "--image", a, "--max-new-tokens", 6, stdin=said)
+    assert (done.returncode, done.stderr) == (0, "")
+    vlm = load(place / "model")
+    wanted = answers(vlm, ("What is this?", None), images=a)
+    turns = ("What colour?", None), ("And this?", b), ("Sure?", None)
+    assert done.stdout == wanted + answers(vlm, *turns, images=a)
+
+
+def test_chat_with_a_language_model(place):
+    done = command("chat", "--model", place / "lm.pth", "--max-new-tokens", 6, stdin="Hello\nWhy?")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == answers(load(place / "lm.pth"), ("Hello", None), ("Why?", None))
+
+
+def test_compose(place):
+    done = command("compose", "--lm", place / "lm.pth", "--vision", place / "vit", "--out", place / "new")
+    # the nano preset asks for 64 image tokens, more than this encoder's 16 patches
+    assert done.returncode == 1
+    assert "image_tokens is 64, more than the 16 patches" in done.stderr
+    assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sing"], "there is no command 'sing'; there are chat, compose, kernels"),
+        (["chat", "--colour", "red"], "--colour"),
+        (["chat"], "--model"),
+        (["kernels", "fly"], "kernels takes build or info, got fly"),
+        (["chat", "--model", "nothing/at/all"], "nothing/at/all: there is no such model file"),
+        (["chat", "--model", "MODEL", "--image", "words.png"], "words.png cannot be read as a picture"),
+        (["chat", "--model", "lm.pth", "--image", "a.png"], "no vision encoder; it answers text only"),
+    ],
+)
+def test_mistakes_are_one_line(place, arguments, words):
+    names = {"MODEL": place / "model", "lm.pth": place / "lm.pth", "a.png": place / "a.png"}
+    names["words.png"] = place / "words.png"
+    done = command(*(names.get(a, a) for a in arguments), stdin="What is this?\n")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_help():
+    for arguments in ([], ["--help"]):
+        done = command(*arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "chat,compose,kernels" in done.stdout
+    done = command("chat", "--help")
+    assert done.returncode == 0
+    assert "--max-new-tokens" in done.stdout

@@ -1,0 +1,194 @@
+"""From prompts to ids: batches answer as each alone, sampling keeps its word, answers stop where they should."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from visualrwkv.generate import Sampling, choose_token, generate, prefill, step, stream
+from visualrwkv.rwkv.state import State
+from visualrwkv.text.prompt import encode_conversation
+from visualrwkv.text.tokenizer import encode
+
+QUESTIONS = [(1, "What is this?"), (0, "Hello"), (2, "Which of the two pictures is larger, and why?"), (1, "猫吗？")]
+
+
+class Scripted:
+    """Stands in for a model: says its scripts word for word, and fails if it is not told what it said."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *scripts):
+        self.scripts = scripts
+        self.rwkv = SimpleNamespace(head=lambda hidden: hidden)
+
+    def logits(self, rows, at):
+        said = [self.scripts[row][t] for row, t in zip(rows, at)]
+        return F.one_hot(torch.tensor(said), 65536).float()
+
+    def start(self):
+        """What a prefill would give; the state's rows hold the script's number and the place in it."""
+        rows = torch.arange(len(self.scripts)).view(1, -1, 1).float()
+        state = State(rows, torch.zeros_like(rows), torch.zeros(1, len(rows[0]), 1, 1, 1))
+        return self.logits(range(len(self.scripts)), [0] * len(self.scripts)), state
+
+    def hidden(self, ids, state):
+        rows, at = (t[0, :, 0].int().tolist() for t in (state.att_shift, state.ffn_shift))
+        assert ids[:, 0].tolist() == [self.scripts[row][t] for row, t in zip(rows, at)]
+        logits = self.logits(rows, [t + 1 for t in at])
+        return logits[:, None], State(state.att_shift, state.ffn_shift + 1, state.wkv)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    turns = [[{"from": "human", "value": "<image>\n" * n + q}, {"from": "gpt", "value": ""}] for n, q in QUESTIONS]
+    return [encode_conversation(t, image_tokens=16)[0] for t in turns]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1e-4, top_p=0.9, seed=1)])
+def test_a_ragged_batch_answers_as_each_alone(model, prompts, pixels, sampling):
+    images = pixels(4)
+    together = generate(model, *prefill(model, prompts, images), 12, sampling)
+    parts = images.split([n for n, _ in QUESTIONS])
+    alone = [generate(model, *prefill(model, [p], i), 12, sampling)[0] for p, i in zip(prompts, parts)]
+    assert together == alone
+    assert len({tuple(answer) for answer in alone}) == 4
+
+
+def test_greedy_is_the_argmax_of_the_parallel_forward(model, prompts, pixels):
+    answer = generate(model, *prefill(model, prompts[:1], pixels(1)), 10)[0]
+    assert len(answer) == 10
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([[*prompts[0], *answer]]), pixels(1))
+    assert logits[0, len(prompts[0]) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def test_prefill_gives_the_last_logits_of_each(model, prompts, pixels):
+    logits, state = prefill(model, prompts, pixels(4))
+    assert logits.shape == (4, 65536)
+    assert len(state) == 4
+    with torch.no_grad():
+        alone, _ = model(torch.tensor([prompts[1]]))
+    torch.testing.assert_close(logits[1], alone[0, -1], rtol=0, atol=2e-5)
+    again, _ = prefill(model, [[7, 8], [9]], state=state.select([1, 1]))
+    with torch.no_grad():
+        alone, _ = model(torch.tensor([[*prompts[1], 7, 8]]))
+    torch.testing.assert_close(again[0], alone[0, -1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[5], []]])
+def test_empty_prompts(model, prompts):
+    with pytest.raises(ValueError, match="every prompt needs at least one token"):
+        prefill(model, prompts)
+
+
+def test_step_equals_prefill(model):
+    _, state = prefill(model, [[5, 6], [7]])
+    found, _ = step(model, torch.tensor([8, 9]), state)
+    wanted, _ = prefill(model, [[5, 6, 8], [7, 9]])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+
+
+# Where an answer ends ------------------------------------------------------------------------------------------------
+
+MORE = [40, 41, 42, 43, 44, 45]
+ENDS = {
+    "261": ([30, 31, 261, *MORE], [30, 31]),
+    "0": ([30, 0, *MORE], [30]),
+    "at once": ([261, *MORE], []),
+    "Chinese": ([10464, 28329, 11, *MORE], [10464, 28329, 11]),
+    "two single newlines": ([30, 11, 11, *MORE], [30, 11, 11]),
+    "space and newlines": ([30, 3336, *MORE], [30, 3336]),
+    "newlines and space": ([30, 3329, *MORE], [30, 3329]),
+    "newlines across tokens": ([30, 265, 3327, *MORE], [30, 265, 3327]),
+    "never": ([30, 11, 31, 265, 32, 33, 34], [30, 11, 31, 265, 32]),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_an_answer_ends(name):
+    script, wanted = ENDS[name]
+    model = Scripted(script)
+    assert generate(model, *model.start(), 5) == [wanted]
+    streamed = list(stream(model, *model.start(), 5))
+    closing = [i for i in script[len(wanted) :][:1] if i in (0, 261)]
+    assert [token for token, _ in streamed] == wanted + closing
+    assert [int(state.ffn_shift) for _, state in streamed] == list(range(len(streamed))), "the state before each token"
+
+
+def test_answers_of_a_batch_end_apart():
+    model = Scripted(*(script for script, _ in ENDS.values()))
+    assert generate(model, *model.start(), 5) == [wanted for _, wanted in ENDS.values()]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_max_new_tokens(model, prompts, pixels, count):
+    logits, state = prefill(model, prompts, pixels(4))
+    assert [len(a) for a in generate(model, logits, state, count)] == [count] * 4
+    assert len(list(stream(model, logits[:1], state.select([0]), count))) == count
+
+
+# Sampling ------------------------------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
+
+
+def draw(sampling, count=4000):
+    generator = torch.Generator().manual_seed(0)
+    return torch.bincount(choose_token(LOGITS.expand(count, 4), sampling, generator), minlength=4) / count
+
+
+def test_temperature():
+    torch.testing.assert_close(draw(Sampling(temperature=1.0)), LOGITS.exp(), rtol=0, atol=0.03)
+    torch.testing.assert_close(draw(Sampling(temperature=2.0)), torch.softmax(LOGITS / 2, 0), rtol=0, atol=0.03)
+    assert draw(Sampling(temperature=0.0)).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.01, [1]), (0.45, [1]), (0.6, [1, 3]), (0.9, [0, 1, 3])])
+def test_top_p_keeps_the_likeliest_of_that_total(top_p, kept):
+    wanted = torch.zeros(4)
+    wanted[kept] = LOGITS.exp()[kept] / LOGITS.exp()[kept].sum()
+    torch.testing.assert_close(draw(Sampling(temperature=1.0, top_p=top_p)), wanted, rtol=0, atol=0.03)
+
+
+def test_a_seed_repeats(model, prompts, pixels):
+    def answers(seed):
+        return generate(model, *prefill(model, prompts, pixels(4)), 8, Sampling(temperature=1.0, seed=seed))
+
+    assert answers(5) == answers(5)
+    assert answers(5) != answers(6)
+
+
+def test_no_state_is_changed_by_generating(model, prompts, pixels):
+    logits, state = prefill(model, prompts, pixels(4))
+    before = state.wkv.clone(), logits.clone()
+    generate(model, logits, state, 4, Sampling(temperature=0.7, top_p=0.5, seed=0))
+    assert torch.equal(state.wkv, before[0])
+    assert torch.equal(logits, before[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+    ],
+)
+def test_wrong_settings(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(**settings)
+
+
+def test_the_script_is_what_the_tokenizer_says():
+    assert encode("好。\n")[-1] == 28329
+    assert [encode(t)[0] for t in (" \n\n", "\n\n ", " \n", "\n\n\t")] == [3336, 3329, 265, 3327]

@@ -1,0 +1,126 @@
+"""Prefill in one parallel pass, then steps of constant cost: ids and states, no text beyond what stops an answer.
+
+S sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visualrwkv.model import VisualRWKV
+from visualrwkv.rwkv.state import State
+from visualrwkv.text.tokenizer import END, END_OF_TURN, decode_bytes
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 is greedy; top_p keeps the likeliest tokens of that total."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be a number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+
+def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """Logits (S, V) -> the next ids (S,)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.float() / sampling.temperature, -1)
+    if sampling.top_p < 1:
+        ordered, index = probs.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # the likeliest always stays
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def prefill(
+    model: VisualRWKV,
+    prompts: Sequence[Sequence[int]],
+    images: Tensor | Sequence[Tensor] | None = None,
+    state: State | None = None,
+) -> tuple[Tensor, State]:
+    """Read prompts of any lengths side by side, without padding -> next-token logits (S, V), State of S rows.
+
+    images: the pixels of all pictures in the order in which the prompts hold their placeholders.
+    """
+    lengths = torch.tensor([len(p) for p in prompts])
+    if len(lengths) == 0 or int(lengths.min()) == 0:
+        raise ValueError("every prompt needs at least one token")
+    ids = torch.tensor([[i for p in prompts for i in p]], device=model.device)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    hidden, state = model.hidden(ids, images, state, bounds)
+    return model.rwkv.head(hidden[0, bounds[1:].to(hidden.device) - 1]), state
+
+
+@torch.inference_mode()
+def step(model: VisualRWKV, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    """One token for each sequence: tokens (S,), State of S rows -> logits (S, V), new State. Cost does not grow."""
+    hidden, state = model.hidden(tokens[:, None], state=state)
+    return model.rwkv.head(hidden[:, 0]), state
+
+
+def closes(token: int, tail: bytes) -> bool:
+    """Whether an answer whose last two tokens say `tail` is over with this token.
+
+    Two newlines need not be id 261: other tokens hold them too ("。\\n" and "\\n", or "\\n\\n "), so the text decides.
+    """
+    return token in (END, END_OF_TURN) or b"\n\n" in tail
+
+
+@torch.inference_mode()
+def generate(
+    model: VisualRWKV, logits: Tensor, state: State, max_new_tokens: int, sampling: Sampling | None = None
+) -> list[list[int]]:
+    """Answers to S prefilled prompts, stepped together; a finished one leaves the batch. Without their closing token."""
+    sampling = sampling or Sampling()
+    generator = _generator(sampling, model.device)
+    answers: list[list[int]] = [[] for _ in range(len(state))]
+    running = list(range(len(state)))
+    for _ in range(max_new_tokens):
+        tokens = choose_token(logits, sampling, generator)
+        going = []
+        for row, token in enumerate(tokens.tolist()):
+            answer = answers[running[row]]
+            if not closes(token, decode_bytes([*answer[-1:], token])):
+                going.append(row)
+            if token not in (END, END_OF_TURN):
+                answer.append(token)
+        if not going:
+            break
+        if len(going) < len(running):
+            running = [running[row] for row in going]
+            tokens, state = tokens[going], state.select(going)
+        logits, state = step(model, tokens, state)
+    return answers
+
+
+def stream(
+    model: VisualRWKV, logits: Tensor, state: State, max_new_tokens: int, sampling: Sampling | None = None
+) -> Iterator[tuple[int, State]]:
+    """One answer as it grows: yields each token with the state before it, the closing token last."""
+    sampling = sampling or Sampling()
+    generator = _generator(sampling, model.device)
+    last: list[int] = []
+    for _ in range(max_new_tokens):
+        token = int(choose_token(logits, sampling, generator))
+        yield token, state
+        last = [*last[-1:], token]
+        if closes(token, decode_bytes(last)):
+            return
+        logits, state = step(model, torch.tensor([token], device=model.device), state)
+
+
+def _generator(sampling: Sampling, device: torch.device) -> torch.Generator | None:
+    return None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)

@@ -1,0 +1,129 @@
+"""Training through the door that users use, under the real DeepSpeed: one rank, two ranks, interrupted and resumed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from visualrwkv.checkpoint import load_model, save_model
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+ROOT = Path(__file__).parents[2]
+ANSWERS = ("red", "blue", "two", "a cat", "yes", "no", "the left one", "green")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model, picture):
+    """A directory with a tiny model and eight records about eight pictures, one of them text only."""
+    folder = tmp_path_factory.mktemp("door")
+    records = []
+    for i, answer in enumerate(ANSWERS):
+        picture(i).save(folder / f"{i}.png")
+        turns = [{"from": "human", "value": f"<image>\nWhat is number {i}?"}, {"from": "gpt", "value": answer}]
+        records.append({"id": i, "image": f"{i}.png", "conversations": turns})
+    del records[3]["image"]
+    records[3]["conversations"][0]["value"] = "What is number 3?"
+    (folder / "data.json").write_text(json.dumps(records))
+    save_model(tiny_model(), folder / "model")
+    return folder
+
+
+def command(place: Path, out: str, *options: str, ranks: int = 1) -> list[str]:
+    launch = [sys.executable, "-m"]
+    if ranks > 1:
+        launch = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks), "--module"]
+    files = ["--stage", "finetune", "--model", place / "model", "--data", place / "data.json", "--out", place / out]
+    recipe = ["--tokens", "80", "--steps", "6", "--warmup", "0", "--no-bf16", "--lr", "1e-2", *options]
+    return [*launch, "visualrwkv.training", *map(str, files), *recipe]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def train(place: Path, out: str, *options: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    told = command(place, out, *options, ranks=ranks)
+    return subprocess.run(told, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(folder).state_dict()
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """An uninterrupted run on one rank; accumulation makes its steps as large as those of two ranks."""
+    done = train(place, "whole", "--accumulate", "2")
+    assert done.returncode == 0, done.stderr
+    return place / "whole"
+
+
+def test_a_run_leaves_all_that_it_should(whole, place):
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert {"recipe.json", "deepspeed.json", "loss.png", "config.json"} <= {p.name for p in whole.iterdir()}
+    assert not (whole / "checkpoints").exists()
+    before, after = weights(place / "model"), weights(whole)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert "rwkv.emb.weight" not in moved
+    assert not any(name.startswith("vit.") for name in moved)
+    assert {"rwkv.head.weight", "proj.gate.weight", "rwkv.blocks.3.att.time_faaaa", "rwkv.ln_out.bias"} <= moved
+
+
+@pytest.mark.parametrize("zero", ["0", "2"])
+def test_two_ranks_do_what_one_does_with_accumulation(whole, place, zero):
+    done = train(place, f"two{zero}", "--zero", zero, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for name, tensor in weights(place / f"two{zero}").items():
+        torch.testing.assert_close(tensor, weights(whole)[name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(whole, place):
+    told = command(place, "halted", "--accumulate", "2", "--save-every", "2")
+    running = subprocess.Popen(told, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    metrics, latest = place / "halted/metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert time.monotonic() < latest
+        time.sleep(0.002)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    if running.returncode == 0:
+        pytest.skip("it finished before the signal came")
+    assert running.returncode == 130
+    assert "goes on" in said
+    assert "Traceback" not in said
+    assert not (place / "halted/model.safetensors").exists()
+    kept = shutil.copytree(place / "halted/checkpoints", place / "kept")
+    assert (kept / "latest").exists()
+    done = train(place, "halted", "--accumulate", "2", "--save-every", "2")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert rows == list(range(6))
+    for name, tensor in weights(place / "halted").items():
+        torch.testing.assert_close(tensor, weights(whole)[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preset", "giant"], "giant"),
+        (["--lrr", "1"], "--lrr"),
+        (["--lr", "fast"], "fast"),
+        (["--zero", "7"], "7"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(place, options, words):
+    done = train(place, "wrong", *options)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "wrong").exists()

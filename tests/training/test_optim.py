@@ -1,0 +1,106 @@
+"""What is trained, and how fast."""
+
+import pytest
+import torch
+
+from visualrwkv.training.optim import freeze, learning_rate, make_optimizer
+from visualrwkv.training.recipes import RECIPES, Recipe
+
+LONG = Recipe(lr=1e-3, lr_final=1e-5)
+WARM = Recipe(lr=6e-5, lr_final=1.5e-5, warmup=100)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "total", "step", "rate"),
+    [
+        (LONG, 9000, 0, 9.99999969843e-4),
+        (LONG, 9000, 1, 9.99999879372e-4),
+        (LONG, 9000, 4500, 5.04827212408e-4),
+        (LONG, 9000, 8998, 1.00000301573e-5),
+        (LONG, 9000, 8999, 1e-5),
+        (WARM, 1000, 0, 6e-6),
+        (WARM, 1000, 50, 3.3e-5),
+        (WARM, 1000, 99, 5.946e-5),
+        (WARM, 1000, 100, 5.99998629223e-5),
+        (WARM, 1000, 500, 4.13297137312e-5),
+        (WARM, 1000, 999, 1.5e-5),
+    ],
+)
+def test_the_references_learning_rates(recipe, total, step, rate):
+    assert learning_rate(recipe, step, total) == pytest.approx(rate, rel=1e-11)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (5, 5), (10, 5)])
+def test_short_runs_have_a_rate(warmup, total):
+    recipe = Recipe(lr=1e-3, lr_final=1e-5, warmup=warmup)
+    assert all(0 < learning_rate(recipe, step, total) <= 1e-3 for step in range(total))
+
+
+TRAINED = {
+    "language": lambda name: name.startswith("rwkv."),
+    "pretrain": lambda name: name.startswith("proj."),
+    "finetune": lambda name: name.startswith(("proj.", "rwkv.")) and name != "rwkv.emb.weight",
+}
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_stage_trains_its_parameters_only(tiny_model, stage):
+    model = tiny_model(vocab_size=300)
+    parameters = freeze(model, stage)
+    wanted = {name for name, _ in model.named_parameters() if TRAINED[stage](name)}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
+    assert {id(p) for p in parameters} == {id(p) for name, p in model.named_parameters() if name in wanted}
+    assert len(parameters) == len(wanted) > 0
+    freeze(model, "pretrain")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if name.startswith("proj.")
+    }, "an earlier stage leaves nothing behind"
+
+
+def test_unknown_stage(tiny_model):
+    with pytest.raises(ValueError, match="stage is 'sft'; allowed are language, pretrain, finetune"):
+        freeze(tiny_model(vocab_size=300), "sft")
+
+
+def test_matrices_decay_and_vectors_do_not(tiny_model):
+    model = tiny_model(vocab_size=300)
+    optimizer = make_optimizer(freeze(model, "finetune"), Recipe(weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert decayed | kept == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not decayed & kept
+    assert {"rwkv.head.weight", "rwkv.blocks.1.att.time_maa_w2", "proj.gate.weight"} <= decayed
+    assert {
+        "rwkv.ln_out.bias",
+        "rwkv.blocks.1.att.time_decay",
+        "rwkv.blocks.0.ffn.time_maa_k",
+        "proj.ln_v.weight",
+    } <= kept
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-6 for group in optimizer.param_groups)
+
+
+def test_a_group_may_be_empty(tiny_model):
+    optimizer = make_optimizer(freeze(tiny_model(vocab_size=300, projector="linear"), "pretrain"), Recipe())
+    assert len(optimizer.param_groups) == 1
+    assert isinstance(optimizer, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr": -1.0}, "lr is -1"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"epochs": 0.0}, "epochs is 0"),
+        ({"zero": 4}, "zero is 4; allowed are 0, 1, 2, 3"),
+        ({"image_position": "left"}, "image_position is 'left'"),
+    ],
+)
+def test_a_recipe_names_a_wrong_value(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe(**settings)
+
+
+def test_every_preset_has_a_recipe_for_every_stage():
+    assert all(set(recipes) == set(TRAINED) for recipes in RECIPES.values())

@@ -1,0 +1,534 @@
+"""The embedded data set, read back as a user's data would be: everything is checked from the written files.
+
+Questions are understood here by regular expressions of their own, so that the generator is not asked about itself.
+"""
+
+import inspect
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("sklearn")
+
+from visualrwkv.training import scenes
+from visualrwkv.training.scene_questions import HELD_OUT, OUTCOMES, PHRASINGS, Scene, Thing, Turn, gives_away
+
+SPLITS = ("train", "test", "test_unseen")
+TYPES = ("count", "colour", "shape", "exists", "digit", "position", "larger")
+KIND, COLOUR = "(circle|square|triangle|star|cross|digit)", "(red|green|blue|yellow|purple|orange|white)"
+NAMED = re.compile(f"{COLOUR} {KIND}")
+PAINT = {
+    "red": (222, 48, 42),
+    "green": (48, 182, 70),
+    "blue": (58, 104, 238),
+    "yellow": (246, 222, 50),
+    "purple": (166, 66, 206),
+    "orange": (246, 138, 28),
+    "white": (240, 240, 240),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A data set with tests of the default size and a smaller training split."""
+    out = tmp_path_factory.mktemp("scenes") / "data"
+    scenes.write(out, seed=3, train=2500, language=1500)
+    return out
+
+
+def load(data: Path, name: str):
+    return json.loads((data / f"{name}.json").read_text())
+
+
+def turns_of(record: dict) -> list[tuple[str, str, str]]:
+    """(type, question without tag or caption, answer) of each turn."""
+    said = [message["value"] for message in record["conversations"]]
+    assert [message["from"] for message in record["conversations"]] == ["human", "gpt"] * len(record["types"])
+    return [(t, said[2 * i].split("\n")[-1], said[2 * i + 1]) for i, t in enumerate(record["types"])]
+
+
+def all_turns(data: Path, name: str) -> list[tuple[str, str, str]]:
+    return [turn for record in load(data, name) for turn in turns_of(record)]
+
+
+def pairs_in(question: str) -> list[tuple[str, str]]:
+    """(kind, colour) of every full name in a question, in the order of mention."""
+    return [(kind, colour) for colour, kind in NAMED.findall(question.lower())]
+
+
+def is_choice(question: str) -> bool:
+    """Whether a question of type `position` or `larger` asks which of two things it is, rather than yes or no."""
+    return "which" in question.lower()
+
+
+def outcome(question: str, answer: str) -> str:
+    """The answer or, where a question leaves the choice between two things, which of them is the right one."""
+    if not is_choice(question) or len(pairs_in(question)) != 2:
+        return answer
+    (right,) = [place for place, pair in zip(("first", "second"), pairs_in(question), strict=True) if answer in pair]
+    return right
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bytes_whatever_the_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "CHUNK", 7)  # several jobs a split
+    small = {"train": 16, "test": 9, "language": 10}
+    scenes.write(tmp_path / "a", seed=5, workers=1, **small)
+    scenes.write(tmp_path / "b", seed=5, workers=3, **small)
+    scenes.write(tmp_path / "c", seed=6, workers=1, **small)
+    a, b, c = (tree(tmp_path / name) for name in "abc")
+    assert len(a) == 16 + 9 + 9 + 9  # the last nine: lists of dialogues, captions, objects; parameters
+    assert a == b
+    assert a["images/train/000000.png"] != c["images/train/000000.png"]
+    assert a["train.json"] != c["train.json"]
+    assert len({a[name] for name in a if name.endswith(".png")}) == 16 + 9 + 9  # chunks and splits do not repeat
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]  # nothing partial stays behind
+
+
+def test_an_existing_directory_is_kept_or_refused(tmp_path):
+    small = {"train": 3, "test": 2, "language": 2, "workers": 1}
+    out = tmp_path / "out"
+    scenes.write(out, **small)
+    (out / "train.json").write_text("mine")
+    scenes.write(out, **small)
+    assert (out / "train.json").read_text() == "mine"  # complete: nothing was done
+    with pytest.raises(ValueError, match="'seed': 1"):
+        scenes.write(out, seed=1, **small)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not a scenes data set"):
+        scenes.write(other, **small)
+    with pytest.raises(ValueError, match="train must be at least 1, not 0"):
+        scenes.write(tmp_path / "none", train=0)
+
+
+def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(scenes, "draw", fail)
+    with pytest.raises(OSError, match="disk full"):
+        scenes.write(tmp_path / "out", train=2, test=2, language=2, workers=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_readable_and_show_what_the_objects_say(data):
+    for split in SPLITS:
+        objects = load(data, f"{split}.objects")
+        assert list(objects) == [record["image"] for record in load(data, split)]
+        for path, things in list(objects.items())[:60]:
+            picture = Image.open(data / path)
+            assert (picture.mode, picture.size, picture.format) == ("RGB", (64, 64), "PNG")
+            pixels = np.asarray(picture, dtype=float)
+            bright = pixels.max(-1) > 128
+            for thing in things:
+                low = [max(0, round(v - thing["extent"] / 2)) for v in (thing["y"], thing["x"])]
+                box = tuple(slice(v, round(v + thing["extent"])) for v in low)
+                rows, columns = np.nonzero(bright[box])
+                assert thing["extent"] - max(np.ptp(rows), np.ptp(columns)) < 5
+                # The tone of the object's clearest pixels is nearest to the paint its name says: thin strokes are pale.
+                inside = pixels[box][bright[box]]
+                tone = inside[inside.max(-1) >= np.quantile(inside.max(-1), 0.7)].mean(0)
+                nearest = min(PAINT, key=lambda colour, tone=tone: np.abs(tone - PAINT[colour]).sum())
+                assert nearest == thing["colour"], path
+            for thing in things:  # nothing bright lies outside the objects
+                low = [max(0, int(v - thing["extent"] / 2) - 2) for v in (thing["y"], thing["x"])]
+                bright[tuple(slice(v, int(v + thing["extent"]) + 5) for v in low)] = False
+            assert not bright.any(), path
+
+
+def test_objects_keep_apart(data):
+    sizes = Counter()
+    for things in load(data, "train.objects").values():
+        sizes[len(things)] += 1
+        assert len({(t["kind"], t["colour"]) for t in things}) == len(things)
+        assert sum(t["kind"] == "digit" for t in things) <= 1
+        for i, a in enumerate(things):
+            assert min(a["x"], a["y"]) - a["extent"] / 2 >= 0
+            assert max(a["x"], a["y"]) + a["extent"] / 2 <= 64
+            for b in things[:i]:
+                assert max(abs(a["x"] - b["x"]), abs(a["y"] - b["y"])) >= (a["extent"] + b["extent"]) / 2 + 1.95
+    assert set(sizes) == {1, 2, 3, 4}
+
+
+def test_another_size_scales_the_picture():
+    scene = scenes.arrange(Random(0), 4, True, size=128)
+    assert scenes.draw(scene, Random(0)).size == (128, 128)
+    assert max(t.x for t in scene.things) > 64
+    assert all(24 <= t.extent <= 52 for t in scene.things)
+
+
+# Splits --------------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_pairs_occur_only_in_test_unseen(data):
+    held = set(HELD_OUT)
+    assert len(held) == 12
+    for split in ("train", "test"):
+        pairs = {(t["kind"], t["colour"]) for things in load(data, f"{split}.objects").values() for t in things}
+        assert len(pairs) == 42 - 12
+        assert not pairs & held
+    pairs = {(t["kind"], t["colour"]) for things in load(data, "test_unseen.objects").values() for t in things}
+    assert pairs == held
+    # What is said keeps to the same pairs as what is drawn, in captions and "is there" with the answer no too.
+    texts = {
+        name: [m["value"] for r in load(data, name) for m in r["conversations"]]
+        for name in ("train", "test", "test_unseen", "captions", "language")
+    }
+    for name, said in texts.items():
+        mentioned = {pair for text in said for pair in pairs_in(text)}
+        assert mentioned == held if name == "test_unseen" else len(mentioned) == 30 and not mentioned & held
+
+
+def test_handwriting_is_split_between_train_and_test(data):
+    from sklearn.datasets import load_digits
+
+    labels = load_digits().target
+    used = {}
+    for split in SPLITS:
+        things = [t for things in load(data, f"{split}.objects").values() for t in things]
+        assert all((t["kind"] == "digit") == (t["digit"] is not None) == (t["glyph"] is not None) for t in things)
+        assert all(labels[t["glyph"]] == t["digit"] for t in things if t["kind"] == "digit")
+        used[split] = {t["glyph"] for t in things} - {None}
+        assert len(used[split]) > 200
+    assert not used["train"] & (used["test"] | used["test_unseen"])
+
+
+# Balance -------------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_shares_and_first_turns(data):
+    assert inspect.signature(scenes.write).parameters["test"].default == len(load(data, "test"))
+    for name in SPLITS:
+        records, objects = load(data, name), load(data, f"{name}.objects")
+        turns, firsts = Counter(), Counter(record["types"][0] for record in records)
+        for record in records:
+            turns.update(record["types"])
+            things = len(objects[record["image"]])
+            assert min(2, things) <= len(record["types"]) <= (2 if things == 1 else 4)
+            assert len(set(record["types"])) == len(record["types"])
+        if name in ("test", "test_unseen"):
+            assert turns.total() >= 2350
+        for type_ in TYPES:
+            assert 0.08 <= turns[type_] / turns.total() <= 0.20, (name, type_)
+            assert 0.10 <= firsts[type_] / len(records) <= 0.18, (name, type_)
+
+
+def test_language_has_two_turns_of_every_type_and_answer(data):
+    records = load(data, "language")
+    assert {len(record["types"]) for record in records} == {2}
+    turns = all_turns(data, "language")
+    for type_ in TYPES:
+        outcomes = Counter(outcome(question, answer) for t, question, answer in turns if t == type_)
+        assert outcomes.total() / len(turns) >= 0.05, type_
+        assert set(outcomes) == {key.split(":")[0] for key in OUTCOMES[type_]}, type_
+        for one, other in (("first", "second"), ("yes", "no")):
+            if type_ in ("position", "larger") and one in outcomes:
+                assert abs(outcomes[one] / (outcomes[one] + outcomes[other]) - 0.5) < 0.1, type_
+
+
+def test_answers_are_balanced_within_each_type(data):
+    for split in SPLITS:
+        answers, phrased = defaultdict(Counter), Counter()
+        for type_, question, answer in all_turns(data, split):
+            answers[type_][outcome(question, answer)] += 1
+            assert re.fullmatch("[a-z]+|[0-9]", answer)
+            if type_ == "position":
+                phrased[is_choice(question), axis_of(question)] += 1
+        assert set(answers["position"]) == {"yes", "no", "first", "second"}
+        position = answers["position"]
+        assert abs((position["yes"] + position["no"]) / position.total() - 1 / 3) < 0.02, split
+        for type_, one, other in (
+            ("exists", "yes", "no"),
+            ("position", "yes", "no"),
+            ("position", "first", "second"),
+            ("larger", "first", "second"),
+        ):
+            assert {one, other} <= set(answers[type_]) <= set(OUTCOMES[type_]) | {"no"}
+            both = answers[type_][one] + answers[type_][other]
+            assert abs(answers[type_][one] / both - 0.5) < 0.02, (split, type_, one)
+        assert len(phrased) == 4  # both axes, each in both forms
+        for (choice, axis), times in phrased.items():
+            other_axis = phrased[choice, "y" if axis == "x" else "x"]
+            assert abs(times / (times + other_axis) - 0.5) < 0.15, (split, phrased)
+        limits = (("count", 0.2, 0.3), ("colour", 0.11, 0.18), ("shape", 0.16, 0.24), ("digit", 0.06, 0.14))
+        for type_, least, most in limits:
+            assert set(answers[type_]) == set(OUTCOMES[type_])
+            shares = [n / answers[type_].total() for n in answers[type_].values()]
+            assert least <= min(shares), (split, type_)
+            assert max(shares) <= most, (split, type_)
+
+
+def masked(question: str) -> str:
+    return re.sub(f"\\b(an?|{KIND}|{COLOUR})\\b", "_", question.lower())
+
+
+@pytest.mark.parametrize("read", [str.lower, masked], ids=["exact", "masked"])
+def test_guessing_without_the_picture_stays_low(data, read):
+    seen, overall = defaultdict(Counter), defaultdict(Counter)
+    for type_, question, answer in all_turns(data, "train"):
+        seen[read(question)][answer] += 1
+        overall[type_][answer] += 1
+    for split in ("test", "test_unseen"):
+        turns = all_turns(data, split)
+        right = sum((seen[read(q)] or overall[t]).most_common(1)[0][0] == a for t, q, a in turns)
+        assert right / len(turns) <= 0.45
+
+
+def test_the_course_of_a_dialogue_does_not_tell_the_answer(data):
+    """A guesser that knows which turn it is, and the train answers to the same types before, gains next to nothing."""
+    guesses = defaultdict(Counter)
+    for record in load(data, "train"):
+        for place, type_ in enumerate(record["types"]):
+            _, question, answer = turns_of(record)[place]
+            asked = (type_, len(pairs_in(question)) == 2 and is_choice(question))
+            guesses[asked, place, tuple(record["types"][:place])][outcome(question, answer)] += 1
+    for type_, choice, chance in (
+        ("count", False, 0.25),
+        ("exists", False, 0.5),
+        ("position", False, 0.5),
+        ("position", True, 0.5),
+        ("larger", True, 0.5),
+        ("colour", False, 1 / 7),
+        ("shape", False, 0.2),
+    ):
+        # Rare courses are left out: the most frequent of few answers is frequent by chance.
+        counters = [c for (asked, *_), c in guesses.items() if asked == (type_, choice) and c.total() >= 60]
+        right, total = sum(c.most_common(1)[0][1] for c in counters), sum(c.total() for c in counters)
+        assert right / total < chance + 0.08, (type_, choice)
+
+
+def test_every_type_has_three_phrasings_and_color_is_spelled_both_ways(data):
+    for type_, phrasings in PHRASINGS.items():
+        assert len(set(phrasings)) >= 3, type_
+    forms = Counter("color" in question.lower() for type_, question, _ in all_turns(data, "train") if type_ == "colour")
+    assert 0.4 < forms[True] / forms.total() < 0.6
+
+
+# Truth ---------------------------------------------------------------------------------------------------------------
+
+
+def axis_of(question: str) -> str:
+    """The axis along which the question looks for the smaller coordinate."""
+    words = {"left": "x", "above": "y", "higher": "y"}
+    (found,) = [words[word] for word in re.findall("[a-z]+", question.lower()) if word in words]
+    return found
+
+
+def only(things: list[dict], **wanted) -> dict:
+    """The one thing with these properties; fails if the question is ambiguous."""
+    (found,) = [t for t in things if all(t[key] == value for key, value in wanted.items())]
+    return found
+
+
+def distinct(winner: dict, other: dict) -> str:
+    """The one word that tells the winner from the other."""
+    return winner["kind"] if winner["kind"] != other["kind"] else winner["colour"]
+
+
+def solve(type_: str, question: str, things: list[dict]) -> str:
+    """The answer, from the words of the question and the objects."""
+    if type_ == "count":
+        return str(len(things))
+    if type_ == "digit":
+        return str(only(things, kind="digit")["digit"])
+    if type_ == "colour":
+        return only(things, kind=re.search(KIND, question)[0])["colour"]
+    if type_ == "shape":
+        found = only(things, colour=re.search(COLOUR, question)[0])["kind"]
+        assert found != "digit"
+        return found
+    named = pairs_in(question)
+    if type_ == "exists":
+        (kind, colour), present = named[0], [(t["kind"], t["colour"]) for t in things]
+        assert any(kind == k or colour == c for k, c in present)  # a "no" is always a near miss
+        return "yes" if (kind, colour) in present else "no"
+    a, b = (only(things, kind=kind, colour=colour) for kind, colour in named)
+    if type_ == "position":
+        axis = axis_of(question)
+        assert abs(a[axis] - b[axis]) >= 9
+        if is_choice(question):
+            return distinct(*sorted((a, b), key=lambda thing: thing[axis]))
+        return "yes" if a[axis] < b[axis] else "no"
+    assert type_ == "larger"
+    assert "digit" not in (a["kind"], b["kind"])
+    assert max(a["extent"], b["extent"]) >= 1.35 * min(a["extent"], b["extent"])
+    return distinct(*sorted((a, b), key=lambda thing: -thing["extent"]))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_answer_is_true_of_the_picture(data, split):
+    objects = load(data, f"{split}.objects")
+    for record in load(data, split):
+        for type_, question, answer in turns_of(record):
+            assert solve(type_, question, objects[record["image"]]) == answer, (record["id"], question)
+
+
+PLACES = {
+    "at the top left": (0, 0),
+    "at the top right": (0, 2),
+    "at the top": (0, 1),
+    "on the left": (1, 0),
+    "in the middle": (1, 1),
+    "on the right": (1, 2),
+    "at the bottom left": (2, 0),
+    "at the bottom right": (2, 2),
+    "at the bottom": (2, 1),
+}
+PHRASE = re.compile(f"(?:(small|large) )?{COLOUR} {KIND}(?: ([0-9]))? ({'|'.join(PLACES)})")
+
+
+def read_caption(text: str) -> list[dict]:
+    """What a reader knows after a caption. Sizes and coordinates are one per word, far enough apart for `solve`."""
+    found = [
+        {
+            "kind": kind,
+            "colour": colour,
+            "digit": digit,
+            "extent": {"small": 1, "large": 9, "": 0}[size],
+            "y": 20 * PLACES[place][0],
+            "x": 20 * PLACES[place][1],
+        }
+        for size, colour, kind, digit, place in PHRASE.findall(text.lower())
+    ]
+    assert len(found) == len(NAMED.findall(text.lower())) > 0
+    return found
+
+
+def test_captions_name_everything_in_reading_order(data):
+    objects = load(data, "train.objects")
+    records = load(data, "captions")
+    assert [record["image"] for record in records] == list(objects)
+    for record in records:
+        human, gpt = record["conversations"]
+        assert human["value"].startswith("<image>\n")
+        read, things = read_caption(gpt["value"]), objects[record["image"]]
+        assert len(read) == len(things)
+        assert [(t["y"], t["x"]) for t in read] == sorted((t["y"], t["x"]) for t in read)
+        for words in read:
+            thing = only(things, kind=words["kind"], colour=words["colour"])
+            assert words["digit"] == ("" if thing["digit"] is None else str(thing["digit"]))
+            assert words["extent"] == (0 if thing["kind"] == "digit" else 9 if thing["extent"] >= 18 else 1)
+            assert [words[axis] for axis in "xy"] == [20 * int(thing[axis] // (64 / 3)) for axis in "xy"]
+
+
+def test_language_questions_follow_from_the_caption(data):
+    records = load(data, "language")
+    assert len(records) == 1500
+    for record in records:
+        assert set(record) == {"id", "conversations", "types"}
+        told = read_caption(record["conversations"][0]["value"].split("\n")[0])
+        for type_, question, answer in turns_of(record):
+            assert solve(type_, question, told) == answer, (record["id"], question)
+
+
+# Dialogues -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tag_opens_the_first_human_turn_only(data):
+    for split in SPLITS:
+        for record in load(data, split):
+            first, *rest = [message["value"] for message in record["conversations"]]
+            assert first.startswith("<image>\n")
+            assert "<image>" not in first[1:] + "".join(rest)
+    assert "<image>" not in (data / "language.json").read_text()
+
+
+def hinted(turns: list[tuple[str, str, str]]) -> str | None:
+    """The first question whose answer the turns before it tell or narrow down, as far as can be inferred; else None."""
+    known: set[tuple[str, str]] = set()  # pairs that are certainly there
+    absent: set[tuple[str, str]] = set()
+    compared: set[tuple[str, str]] = set()
+    count = None
+    for type_, question, answer in turns:
+        kinds, colours = re.findall(KIND, question.lower()), re.findall(COLOUR, question.lower())
+        if type_ == "count":
+            told = len(known) > 1
+            count = int(answer)
+        elif type_ == "digit":
+            told = False
+        elif type_ == "colour":
+            told = any(kind == kinds[0] for kind, _ in known | absent)
+            known.add((kinds[0], answer))
+        elif type_ == "shape":
+            told = any(colour == colours[0] for _, colour in known | absent)
+            known.add((answer, colours[0]))
+        elif type_ == "exists":
+            pair = (kinds[0], colours[0])
+            # A kind or colour met before may be known to be the only one of its sort.
+            told = any(kind == pair[0] or colour == pair[1] for kind, colour in known | absent) or len(known) == count
+            (known if answer == "yes" else absent).add(pair)
+        else:
+            pairs = set(pairs_in(question))
+            told = bool(pairs & (compared | known))
+            compared |= pairs
+            known |= pairs
+        if told:
+            return question
+    return None
+
+
+def test_no_turn_gives_away_a_later_one(data):
+    for name in SPLITS:
+        for record in load(data, name):
+            assert hinted(turns_of(record)) is None, record["id"]
+
+
+STAR = Thing("star", "red", None, None, 10, 10, 20)
+CIRCLE = Thing("circle", "blue", None, None, 40, 40, 12)
+BAD = [
+    [("exists", "Is there a red star?", "yes"), ("colour", "What colour is the star?", "red")],
+    [("exists", "Is there a green star?", "no"), ("colour", "What colour is the star?", "red")],
+    [("colour", "What colour is the star?", "red"), ("exists", "Is there a green star?", "no")],
+    [("shape", "What shape is the red object?", "star"), ("exists", "Is there a red cross?", "no")],
+    [("position", "Is the red star left of the blue circle?", "yes"), ("count", "How many objects are there?", "2")],
+    [
+        ("position", "Which is further left, the red star or the blue circle?", "star"),
+        ("colour", "What colour is the circle?", "blue"),
+    ],
+    [
+        ("exists", "Is there a blue circle?", "yes"),
+        ("position", "Which is higher up, the red star or the blue circle?", "star"),
+    ],
+    [
+        ("larger", "Which is larger, the red star or the blue circle?", "star"),
+        ("colour", "What colour is the star?", "red"),
+    ],
+    [
+        ("count", "How many objects are there?", "1"),
+        ("colour", "What colour is the star?", "red"),
+        ("exists", "Is there a green cross?", "no"),
+    ],
+]
+
+
+@pytest.mark.parametrize("turns", BAD, ids=lambda turns: "-".join(turn[0] for turn in turns))
+def test_both_rules_catch_what_gives_away(turns):
+    """The rule the generator goes by and the one these tests go by refuse the same dialogues."""
+    assert hinted(turns) == turns[-1][1]
+    assert hinted(turns[-1:]) is None
+    scene = Scene(64, (STAR,) if turns[0][2] == "1" else (STAR, CIRCLE))
+    made = []
+    for type_, question, answer in turns:
+        words = tuple(re.findall(f"{KIND}|{COLOUR}", question))
+        said = tuple(word for groups in words for word in groups if word)
+        about = tuple(i for i, t in enumerate(scene.things) if (t.kind in said or t.colour in said) and answer != "no")
+        made.append(Turn(type_, "", answer, about, said))
+    assert gives_away(scene, made[:-1], made[-1])
+    assert not gives_away(scene, [], made[-1])

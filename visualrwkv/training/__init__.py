@@ -1,0 +1,1 @@
+"""Training: data, loss, optimiser, the DeepSpeed loop, and the embedded data set."""

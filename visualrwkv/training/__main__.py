@@ -1,0 +1,65 @@
+"""`python -m visualrwkv.training`: one stage of training from files on disk; what scripts/pretrain.sh and finetune.sh call."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from visualrwkv.commandline import parse, run
+from visualrwkv.config import RWKV_PRESETS, ModelConfig, preset
+from visualrwkv.training.recipes import RECIPES, Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train one stage of a model on LLaVA-format data. Further options override the preset's recipe."""
+
+    stage: Stage
+    data: Path  # LLaVA JSON
+    out: Path  # the run's directory
+    model: str | None = None  # where to start; in stage language also a preset's name, for fresh weights
+    lm: str | None = None  # or: a language model …
+    vision: str | None = None  # … and a vision encoder, to compose a new model
+    images: Path | None = None  # what the records' pictures are relative to; default: the data file's directory
+    watch: Path | None = None  # LLaVA JSON whose opening questions are asked now and then, with and without pictures
+    preset: str = "nano"
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        arguments = ["--help"]
+    options, rest = parse(Options, arguments, return_unknown_args=True)
+    defaults = preset(preset(RECIPES, options.preset, "preset"), options.stage, "stage")
+    recipe = parse(Recipe, [a for a in rest if not a.startswith("--local_rank")], default=defaults)
+    if bool(options.model) == bool(options.lm and options.vision):
+        raise ValueError("give either a model, or a language model (LM) and a vision encoder (VISION) to compose one")
+    if not options.data.is_file():
+        raise FileNotFoundError(f"{options.data}: there is no such data file")
+
+    import torch
+
+    from visualrwkv.checkpoint import compose, load_model, model_hash
+    from visualrwkv.model import VisualRWKV
+    from visualrwkv.training.loop import Run, join_world, train
+    from visualrwkv.training.watch import Watch
+
+    torch.manual_seed(recipe.seed)
+    if options.stage == "language" and options.model in RWKV_PRESETS:
+        model = VisualRWKV(ModelConfig(RWKV_PRESETS[options.model]))
+    elif options.model:
+        model = load_model(options.model)
+    else:
+        model = compose(options.lm, options.vision, options.preset)
+    starts = [p for p in (options.model, options.lm, options.vision) if p]
+    source = " + ".join(f"{p} {model_hash(p)}" if Path(p).exists() else p for p in starts)
+    images = options.images or options.data.parent
+    watch = Watch(model, options.watch, options.watch.parent) if options.watch else None
+    join_world()
+    finished = train(model, Run(options.stage, options.data, images, options.out, source), recipe, watch)
+    raise SystemExit(0 if finished else 130)
+
+
+if __name__ == "__main__":
+    run(main)

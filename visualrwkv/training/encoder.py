@@ -1,0 +1,205 @@
+"""Trains a small vision encoder on `scenes` with dense supervision: each patch says what it shows.
+
+It stands in for a pretrained encoder. Without it a small model sits at its blind score for a long time: answers alone teach
+an encoder little.
+
+B pictures, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from visualrwkv.checkpoint import save_vision
+from visualrwkv.config import VISION_PRESETS, VisionConfig, preset
+from visualrwkv.training.progress import Bar
+from visualrwkv.training.scene_questions import COLOURS, KINDS
+from visualrwkv.vision.vrwkv import VRWKV
+
+NOTHING = 0
+"""The class of a patch without an object; kinds, colours and digits are counted from 1."""
+
+
+@dataclass(frozen=True)
+class EncoderRecipe:
+    """How long and how fast."""
+
+    preset: str = "vrwkv_nano"
+    steps: int = 720
+    batch: int = 64
+    lr: float = 4e-3
+    weight_decay: float = 0.02
+    seed: int = 0
+    bf16: bool = True
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What each patch shows: kind, colour, digit, centre (…, P) int64; place (…, P, 3): centre x, y and extent, 0 to 1."""
+
+    kind: Tensor
+    colour: Tensor
+    digit: Tensor
+    centre: Tensor
+    place: Tensor
+
+
+def patch_targets(objects: list[dict], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """One picture's objects -> (P, 4) classes (kind, colour, digit, centre) and (P, 3) places."""
+    side, patch, size = config.grid, config.patch_size, config.image_size
+    middle = (np.arange(side) + 0.5) * patch
+    yy, xx = np.meshgrid(middle, middle, indexing="ij")
+    classes, places = np.zeros((side, side, 4), np.int64), np.zeros((side, side, 3), np.float32)
+    nearest = np.full((side, side), np.inf)
+    for thing in objects:
+        distance = np.hypot(xx - thing["x"], yy - thing["y"])
+        inside = (distance < thing["extent"] / 2 + patch / 4) & (distance < nearest)
+        nearest[inside] = distance[inside]
+        digit = NOTHING if thing["digit"] is None else thing["digit"] + 1
+        classes[inside, :3] = (KINDS.index(thing["kind"]) + 1, COLOURS.index(thing["colour"]) + 1, digit)
+        places[inside] = (thing["x"] / size, thing["y"] / size, thing["extent"] / size * 2)
+        row, column = (min(int(thing[a] / patch), side - 1) for a in ("y", "x"))
+        classes[row, column, 3] = 1
+    return classes.reshape(-1, 4), places.reshape(-1, 3)
+
+
+class DenseHead(nn.Module):
+    """A linear reading of each patch; it is thrown away after training."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.sizes = (len(KINDS) + 1, len(COLOURS) + 1, 11, 2, 3)
+        self.read = nn.Linear(width, sum(self.sizes))
+
+    def forward(self, patches: Tensor) -> tuple[Tensor, ...]:
+        """(B, P, D) -> logits of kind, colour, digit, centre, and the place."""
+        return self.read(patches).split(self.sizes, -1)
+
+    def loss(
+        self, patches: Tensor, classes: Tensor, places: Tensor, plain: Tensor, shuffled: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Patches (B, P, D), classes (B, P, 4), places (B, P, 3), which pictures (B,) are plain and which shuffled
+        -> the loss, and accuracies on the object patches that count."""
+        *logits, place = self(patches)
+        shown = classes[..., 0] != NOTHING
+        total, figures = patches.new_zeros(()), {}
+        for i, name in enumerate(("kind", "colour", "digit", "centre")):
+            used = (plain | shuffled if name == "colour" else ~shuffled)[:, None].expand_as(shown)
+            said, truth, important = logits[i][used], classes[..., i][used], shown[used]
+            if name == "digit":
+                important = truth != NOTHING
+            each = F.cross_entropy(said, truth, reduction="none")
+            total = total + 0.6 * each[important].mean() + 0.4 * each[~important].mean()
+            figures[name] = float((said.argmax(-1) == truth)[important].float().mean())
+        used = shown & ~shuffled[:, None]
+        off = F.smooth_l1_loss(place[used], places[used], beta=0.05)
+        return total + 5 * off, figures | {"place": float((place.detach() - places)[used].abs().mean())}
+
+
+def recolour(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture (B, 3, H, W) fp32 with its channels mixed at random: a shape must be known in any colour."""
+    mix = torch.rand(len(pictures), 3, 3, generator=generator).pow(3)
+    return torch.einsum("bij,bjhw->bihw", mix / mix.sum(-1, keepdim=True), pictures)
+
+
+def shuffle_patches(pictures: Tensor, patch: int, generator: torch.Generator) -> Tensor:
+    """Pictures (B, 3, H, W) with the pixels of each patch in one random order: a colour must be known in any shape."""
+    order = torch.randperm(patch * patch, generator=generator)
+    tiles = F.unfold(pictures, patch, stride=patch).unflatten(1, (3, patch * patch))[:, :, order].flatten(1, 2)
+    return F.fold(tiles, pictures.shape[-2:], patch, stride=patch)
+
+
+def load_pictures(folder: Path, names: list[str]) -> Tensor:
+    """PNG files of one size -> (n, 3, H, W) uint8."""
+    return torch.stack([torch.from_numpy(np.array(Image.open(folder / n))).permute(2, 0, 1) for n in names])
+
+
+def normalise(pictures: Tensor, config: VisionConfig) -> Tensor:
+    """Pictures (B, 3, H, W), 0 to 255 -> what `ImageProcessor` gives."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+    return (pictures.float() / 255 - mean) / std
+
+
+def train_encoder(data: Path, out: Path, recipe: EncoderRecipe) -> dict[str, float]:
+    """Train on `data`/train.objects.json and its pictures; writes the encoder's directory, returns the last accuracies."""
+    torch.manual_seed(recipe.seed)
+    config = preset(VISION_PRESETS, recipe.preset, "vision preset")
+    scenes = json.loads((data / "train.objects.json").read_text())
+    names = list(scenes)
+    pictures = load_pictures(data, names)
+    dense = [patch_targets(scenes[n], config) for n in names]
+    classes, places = (torch.from_numpy(np.stack(part)) for part in zip(*dense))
+
+    vit, head = VRWKV(config), DenseHead(config.width)
+    parameters = [*vit.parameters(), *head.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.squeeze().dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.squeeze().dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+    order = torch.Generator().manual_seed(recipe.seed)
+    rows: list[dict[str, float]] = []
+    queue = torch.empty(0, dtype=torch.int64)
+    with Bar("encoder", recipe.steps) as bar:
+        for step in range(recipe.steps):
+            warm = min(1.0, (step + 1) / 30)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)) + 1e-6
+            if len(queue) < recipe.batch:
+                queue = torch.randperm(len(names), generator=order)
+            index, queue = queue[: recipe.batch], queue[recipe.batch :]
+            began = time.monotonic()
+            # half as they are, a quarter recoloured (colour not asked), a quarter shuffled (only colour asked)
+            part = torch.arange(recipe.batch) * 8 // recipe.batch
+            shown, plain, shuffled = pictures[index].float(), part < 4, part >= 6
+            shown[(part >= 4) & (part < 6)] = recolour(shown[(part >= 4) & (part < 6)], order)
+            shown[shuffled] = shuffle_patches(shown[shuffled], config.patch_size, order)
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+                patches = vit(normalise(shown, config))
+            loss, figures = head.loss(patches.float(), classes[index], places[index], plain, shuffled)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rows.append({"step": step, "loss": float(loss), "seconds": time.monotonic() - began, **figures})
+            bar.advance(
+                notes={"loss": f"{float(loss):.3f}", **{k: f"{figures[k]:.2f}" for k in ("kind", "colour", "digit")}}
+            )
+    save_vision(vit, out)
+    (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    last = rows[-20:]
+    return {k: sum(r[k] for r in last) / len(last) for k in ("kind", "colour", "digit", "centre", "place")}
+
+
+def main() -> None:
+    from visualrwkv.commandline import parse
+
+    @dataclass(frozen=True)
+    class Options:
+        """Train a small vision encoder on scenes."""
+
+        data: Path  # a directory written by visualrwkv.training.scenes
+        out: Path
+        recipe: EncoderRecipe = EncoderRecipe()
+
+    options = parse(Options)
+    figures = train_encoder(options.data, options.out, options.recipe)
+    print(
+        "encoder: accuracy on object patches " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if k != "place")
+    )
+
+
+if __name__ == "__main__":
+    from visualrwkv.commandline import run
+
+    run(main)

@@ -1,0 +1,121 @@
+"""The loss: cross-entropy at labelled positions only, so that most of [tokens, vocabulary] is never computed.
+
+T tokens of S samples in a packed row, n labelled positions, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from visualrwkv.text.prompt import IGNORE
+
+ROWS, TILE = 1024, 64
+"""Rows of logits whose gradients are held at a time (1,024 × 65,536 bf16 are 134 MB), and rows of a softmax: 17 MB of
+fp32, which stay in the cache between its passes."""
+
+
+def shift_labels(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Each position's next label (T,): the last position of a sample has none."""
+    targets = torch.full_like(labels, IGNORE)
+    targets[:-1] = labels[1:]
+    targets[cu_seqlens[1:] - 1] = IGNORE
+    return targets
+
+
+def sample_weights(targets: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """1 / (labelled positions of the sample) at each labelled position, else 0: their sum is the number of samples."""
+    valid = (targets != IGNORE).float()
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    sample = torch.repeat_interleave(torch.arange(len(lengths), device=targets.device), lengths)
+    counts = torch.zeros(len(lengths), device=targets.device).index_add(0, sample, valid)
+    return valid / counts.clamp(min=1)[sample]
+
+
+def distinct_rows(head: Tensor, answers: set[int]) -> Tensor | None:
+    """The rows of the head (V, C) that differ from row 0 or that an answer needs, rising, and row 0 for all others.
+
+    Rows that begin equal and are never an answer get equal gradients, so they stay equal while they are trained: one of
+    them speaks for all. In a model trained from nothing most rows are such; in a public one few are, then None.
+    """
+    distinct = (head.detach() - head.detach()[0]).abs().amax(-1) > 1e-6
+    distinct[list(answers)] = True
+    distinct[0] = False
+    if int(distinct.sum()) > 0.9 * len(head):
+        return None
+    return torch.cat([distinct.nonzero()[:, 0], torch.zeros(1, dtype=torch.int64, device=head.device)])
+
+
+@torch.no_grad()
+def wake_head(head: Tensor, answers: set[int]) -> None:
+    """Give a new model's head, which is zero, random rows where answers need them; the others stay equal and cheap."""
+    if not bool(head.any()):
+        rows = torch.tensor(sorted(answers), device=head.device)
+        head[rows] = (
+            torch.randn(len(rows), head.shape[1], device=head.device, dtype=head.dtype) * 0.5 * head.shape[1] ** -0.5
+        )
+
+
+def packed_loss(hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Sum over samples of each sample's mean cross-entropy; divide by the number of samples for the reference's loss.
+
+    hidden (T, C), head (V, C), labels (T,) with −100 where nothing is learned, cu_seqlens (S+1,); rows: the head's
+    `distinct_rows`, which make the same loss and gradients cheaper.
+    """
+    targets = shift_labels(labels, cu_seqlens)
+    weights = sample_weights(targets, cu_seqlens)
+    places = (targets != IGNORE).nonzero()[:, 0]
+    targets, weights = targets[places], weights[places]
+    if rows is not None:
+        targets = torch.searchsorted(rows[:-1], targets)
+    return LinearCrossEntropy.apply(hidden[places], head, targets, weights, rows)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Σ weight · cross-entropy(hidden · headᵀ, target), its gradients made in the same pass over tiles of rows.
+
+    hidden (n, C), head (V, C), targets (n,), weights (n,). With `rows` (R,), targets count in them, and the last of them
+    stands for all rows that are not among the others. Under autocast the products are in its dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor | None) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+        h, W = hidden.to(dtype), (head if rows is None else head[rows]).to(dtype)
+        others = 1 if rows is None else len(head) - len(rows) + 1  # how many rows the last one stands for
+        d_hidden = torch.empty_like(h)
+        d_W = torch.zeros(W.shape, dtype=torch.float32, device=W.device) if ctx.needs_input_grad[1] else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        slopes = torch.empty(min(ROWS, len(h)), len(W), dtype=dtype, device=W.device)
+        for start in range(0, len(h), ROWS):
+            block = range(start, min(start + ROWS, len(h)))
+            for first in block[::TILE]:
+                part = slice(first, min(first + TILE, block.stop))
+                logits = (h[part] @ W.T).float()  # fp32: a softmax over 65,536 entries
+                logits[:, -1] += math.log(others)
+                picked, scale = targets[part, None], weights[part, None]
+                top = logits.amax(-1, keepdim=True)
+                at_target = logits.gather(1, picked)
+                probs = logits.sub_(top).exp_()
+                total = probs.sum(-1, keepdim=True)
+                loss += (scale * (top + total.log() - at_target)).sum()
+                slopes[first - start : part.stop - start] = probs.mul_(scale / total).scatter_add_(1, picked, -scale)
+            slope, part = slopes[: len(block)], slice(start, block.stop)
+            d_hidden[part] = slope @ W
+            if d_W is not None:
+                d_W += slope.T @ h[part]
+        if d_W is not None and rows is not None:
+            d_head = (d_W[-1] / others).repeat(len(head), 1)
+            d_W = d_head.index_copy_(0, rows[:-1], d_W[:-1])
+        ctx.save_for_backward(d_hidden.to(hidden.dtype), d_W if d_W is None else d_W.to(head.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        d_hidden, d_head = ctx.saved_tensors
+        return d_hidden * slope, None if d_head is None else d_head * slope, None, None, None

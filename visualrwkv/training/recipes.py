@@ -1,0 +1,59 @@
+"""How a stage is trained: one frozen dataclass, and the presets as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from visualrwkv.config import IMAGE_POSITIONS, ImagePosition, choose
+
+Stage = Literal["language", "pretrain", "finetune"]
+STAGES: tuple[str, ...] = ("language", "pretrain", "finetune")
+"""language: the whole language model, text alone; pretrain: projector only; finetune: projector and RWKV."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a run but its files."""
+
+    epochs: float = 1.0  # ignored where steps is given
+    steps: int = 0  # optimiser steps; 0: as many as `epochs` needs
+    tokens: int = 8192  # token budget of a packed batch, image tokens included, per rank
+    accumulate: int = 1  # batches per optimiser step and rank
+    lr: float = 1e-3
+    lr_final: float = 1e-5  # where the cosine ends
+    warmup: int = 0  # optimiser steps
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0  # gradient norm
+    image_position: ImagePosition = "middle"
+    bf16: bool = False  # matrix products in bf16, everything else in fp32
+    zero: int = 0  # DeepSpeed ZeRO stage, 0 to 3
+    workers: int = 0  # processes that load pictures
+    save_every: int = 1000  # optimiser steps between checkpoints
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choose("image_position", self.image_position, IMAGE_POSITIONS)
+        for name in ("tokens", "accumulate", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("steps", "warmup", "workers", "lr", "lr_final", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.steps == 0 and self.epochs <= 0:
+            raise ValueError(f"epochs is {self.epochs} and steps 0; one of them must be above 0")
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"zero is {self.zero}; allowed are 0, 1, 2, 3")
+
+
+NANO: dict[str, Any] = {"tokens": 6144, "bf16": True}
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "nano": {
+        "language": Recipe(steps=380, tokens=4096, lr=3e-3, lr_final=3e-4, warmup=10, bf16=True),
+        "pretrain": Recipe(steps=80, lr=5e-3, lr_final=1e-3, **NANO),
+        "finetune": Recipe(steps=420, lr=2e-3, lr_final=1e-4, warmup=10, **NANO),
+    },
+}

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Stage 2: train projector and RWKV of MODEL on conversations about pictures; embedding and encoder stay frozen.
+# DATA: LLaVA JSON; IMAGES: what its picture paths are relative to; OUT: the run; RANKS: processes. Further options go on.
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+made=runs/quickstart
+DATA=${DATA:-$made/data/train.json}
+LAUNCH=(python -m)
+RANKS=${RANKS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
+(( RANKS > 1 )) && LAUNCH=(deepspeed --num_accelerators "$RANKS" --module)
+exec "${LAUNCH[@]}" visualrwkv.training --stage finetune --model "${MODEL:-$made/finetune}" \
+    --data "$DATA" --images "${IMAGES:-$(dirname "$DATA")}" --out "${OUT:-runs/finetune-$(basename "$DATA" .json)}" "$@"

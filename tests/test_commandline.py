@@ -68,7 +68,7 @@ def fails(error):
     [
         (ValueError("scan is 'x';\n  allowed are a, b"), "error: scan is 'x'; allowed are a, b\n"),
         (FileNotFoundError("a.json: there is no such data file"), "error: a.json: there is no such data file\n"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "error: /root/x: Permission denied\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "out/x"), "error: out/x: Permission denied\n"),
     ],
 )
 def test_expected_errors_end_in_status_1(error, said, capsys):

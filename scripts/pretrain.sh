@@ -4,8 +4,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 made=runs/quickstart
 DATA=${DATA:-$made/data/train.json}
-LAUNCH=(python -m)
-RANKS=${RANKS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
-(( RANKS > 1 )) && LAUNCH=(deepspeed --num_accelerators "$RANKS" --module)
 exec "${LAUNCH[@]}" visualrwkv.training --stage pretrain --lm "${LM:-$made/language}" --vision "${VISION:-$made/encoder}" \
     --data "$DATA" --images "${IMAGES:-$(dirname "$DATA")}" --out "${OUT:-runs/pretrain-$(basename "$DATA" .json)}" "$@"

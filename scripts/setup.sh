@@ -28,3 +28,8 @@ if [[ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$stamp" ]]; then
     echo "set-up done in $((SECONDS - started)) s"
 fi
 export PATH=$VENV/bin:$PATH
+
+# How training starts: RANKS processes under DeepSpeed's launcher, by default one for each GPU.
+RANKS=${RANKS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
+LAUNCH=(python -m)
+if (( RANKS > 1 )); then LAUNCH=(deepspeed --num_accelerators "$RANKS" --module); fi

@@ -43,17 +43,6 @@ class EncoderRecipe:
     bf16: bool = True
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What each patch shows: kind, colour, digit, centre (…, P) int64; place (…, P, 3): centre x, y and extent, 0 to 1."""
-
-    kind: Tensor
-    colour: Tensor
-    digit: Tensor
-    centre: Tensor
-    place: Tensor
-
-
 def patch_targets(objects: list[dict], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
     """One picture's objects -> (P, 4) classes (kind, colour, digit, centre) and (P, 3) places."""
     side, patch, size = config.grid, config.patch_size, config.image_size

@@ -147,7 +147,7 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
         dist_init_required=False,
     )
     if world == 1 and recipe.zero == 0:
-        engine.enable_backward_allreduce = False  # alone there is nothing to reduce; the copies cost a tenth of a step
+        engine.enable_backward_allreduce = False  # alone there is nothing to reduce; it would copy every gradient
     checkpoints = run.out / "checkpoints"
     start = resume(engine, checkpoints)
     log = Log(run.out, start) if chief else None

@@ -59,7 +59,7 @@ class Memory(threading.Thread):
 
 def start(command: Sequence[str], threads: int | None = None, **variables: str) -> subprocess.Popen:
     """A phase's process; `threads` where several run side by side."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", **variables}
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **variables}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     return subprocess.Popen(command, env=environment)
@@ -94,10 +94,13 @@ class Phases:
         self.file = HOME / "phases.json"
         self.recipe = recipe
         kept = json.loads(self.file.read_text()) if self.file.exists() else {}
-        if HOME.exists() and (options.fresh or kept.get("recipe") != recipe):
+        if options.fresh and HOME.exists():
             shutil.rmtree(HOME)
             kept = {}
+        elif kept and kept["recipe"] != recipe:
+            raise ValueError(f"{HOME} holds a quickstart with another recipe; --fresh throws it away and starts over")
         HOME.mkdir(parents=True, exist_ok=True)
+        self.done: list[str] = kept.get("done", [])
         self.seconds: dict[str, float] = kept.get("seconds", {})
         self.peak: int = kept.get("peak_memory_bytes", 0)
         self.memory = Memory()
@@ -105,19 +108,22 @@ class Phases:
 
     def __call__(self, name: str, title: str, *commands: tuple[Sequence[str], dict[str, str]]) -> None:
         """One phase: its commands side by side, on the cores shared out evenly."""
-        if name in self.seconds:
+        if name in self.done:
             print(f"── {title}: done before, in {self.seconds[name]:.0f} s", flush=True)
             return
         print(f"── {title}", flush=True)
         began = time.monotonic()
         threads = max(1, (os.cpu_count() or 1) // len(commands)) if len(commands) > 1 else None
-        finish(*(start(command, threads, **variables) for command, variables in commands))
-        self.seconds[name] = time.monotonic() - began
-        self.save()
+        try:
+            finish(*(start(command, threads, **variables) for command, variables in commands))
+            self.done.append(name)
+        finally:  # what was spent counts, whether or not the phase came to its end
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            self.save()
 
     def save(self) -> None:
         self.peak = max(self.peak, self.memory.peak)
-        kept = {"recipe": self.recipe, "seconds": self.seconds, "peak_memory_bytes": self.peak}
+        kept = {"recipe": self.recipe, "done": self.done, "seconds": self.seconds, "peak_memory_bytes": self.peak}
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps(kept, indent=2) + "\n")
         part.replace(self.file)

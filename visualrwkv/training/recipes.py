@@ -49,7 +49,7 @@ class Recipe:
             raise ValueError(f"zero is {self.zero}; allowed are 0, 1, 2, 3")
 
 
-NANO: dict[str, Any] = {"tokens": 6144, "bf16": True}
+NANO: dict[str, Any] = {"tokens": 6144, "bf16": True, "save_every": 100}
 RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
         "language": Recipe(steps=380, tokens=4096, lr=3e-3, lr_final=3e-4, warmup=10, bf16=True),

@@ -10,7 +10,9 @@ import torch
 
 from visualrwkv.chat import load
 from visualrwkv.checkpoint import save_model, save_vision
+from visualrwkv.config import VisionConfig
 from visualrwkv.ops import library
+from visualrwkv.vision.vrwkv import VRWKV
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,10 +63,16 @@ def test_chat_with_a_language_model(place):
 
 def test_compose(place):
     done = command("compose", "--lm", place / "lm.pth", "--vision", place / "vit", "--out", place / "new")
-    # the nano preset asks for 64 image tokens, more than this encoder's 16 patches
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load(place / "new").model.config.image_tokens == 16  # what the nano preset asks for
+
+
+def test_compose_with_too_coarse_an_encoder(place, tmp_path):
+    save_vision(VRWKV(VisionConfig(depth=1, width=8, patch_size=16, image_size=32, pos_grid=2)), tmp_path / "vit")
+    done = command("compose", "--lm", place / "lm.pth", "--vision", tmp_path / "vit", "--out", tmp_path / "new")
     assert done.returncode == 1
-    assert "image_tokens is 64, more than the 16 patches" in done.stderr
-    assert not (place / "new").exists()
+    assert "image_tokens is 16, more than the 4 patches" in done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

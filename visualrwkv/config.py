@@ -138,7 +138,7 @@ def from_values(cls: type, values: Any) -> Any:
 
 
 RWKV_PRESETS: dict[str, RWKVConfig] = {
-    "rwkv6-nano": RWKVConfig(n_layer=4, n_embd=128, head_size=32, mix_rank=16, decay_rank=32),
+    "rwkv6-nano": RWKVConfig(n_layer=3, n_embd=128, head_size=32, mix_rank=16, decay_rank=32),
     "rwkv6-1b6": RWKVConfig(n_layer=24, n_embd=2048),
     "rwkv6-3b": RWKVConfig(n_layer=32, n_embd=2560),
     "rwkv6-7b": RWKVConfig(n_layer=32, n_embd=4096, mix_rank=64, decay_rank=128),
@@ -160,7 +160,7 @@ class MeetPreset:
 
 
 MEET_PRESETS: dict[str, MeetPreset] = {
-    "nano": MeetPreset(projector="gated", image_tokens=64, scan="bi"),
+    "nano": MeetPreset(projector="gated", image_tokens=16, scan="bi"),
 }
 
 

@@ -1,5 +1,7 @@
 """What is trained, and how fast."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -64,7 +66,8 @@ def test_unknown_stage(tiny_model):
 
 def test_matrices_decay_and_vectors_do_not(tiny_model):
     model = tiny_model(vocab_size=300)
-    optimizer = make_optimizer(freeze(model, "finetune"), Recipe(weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6))
+    freeze(model, "finetune")
+    optimizer = make_optimizer(model, Recipe(weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6))
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, kept = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert decayed | kept == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -81,9 +84,45 @@ def test_matrices_decay_and_vectors_do_not(tiny_model):
 
 
 def test_a_group_may_be_empty(tiny_model):
-    optimizer = make_optimizer(freeze(tiny_model(vocab_size=300, projector="linear"), "pretrain"), Recipe())
+    model = tiny_model(vocab_size=300, projector="linear")
+    freeze(model, "pretrain")
+    optimizer = make_optimizer(model, Recipe())
     assert len(optimizer.param_groups) == 1
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_goes_on_from_its_state(tiny_model):
+    recipe = Recipe(optimizer="muon", lr=1e-2, muon_lr=5e-2)
+
+    def start():
+        torch.manual_seed(0)
+        model = tiny_model(vocab_size=300)
+        freeze(model, "finetune")
+        return model, make_optimizer(model, recipe)
+
+    def step(model, optimizer, seed):
+        draw = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=draw) if p.requires_grad else None
+        optimizer.step()
+
+    model, optimizer = start()
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon = {names[id(p)] for p in optimizer.parts["muon"].param_groups[0]["params"]}
+    assert {"rwkv.blocks.0.att.key.weight", "rwkv.blocks.1.ffn.value.weight"} <= muon
+    assert all(name.startswith("rwkv.blocks.") for name in muon)
+    every = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(every) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    assert {group.get("lr_scale") for group in optimizer.param_groups} == {5.0, None}
+
+    step(model, optimizer, 1)
+    weights, kept = {k: v.clone() for k, v in model.state_dict().items()}, deepcopy(optimizer.state_dict())
+    step(model, optimizer, 2)
+    again, resumed = start()
+    again.load_state_dict(weights)
+    resumed.load_state_dict(kept)
+    step(again, resumed, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +132,8 @@ def test_a_group_may_be_empty(tiny_model):
         ({"tokens": 0}, "tokens is 0"),
         ({"accumulate": 0}, "accumulate is 0"),
         ({"epochs": 0.0}, "epochs is 0"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; allowed are adamw, muon"),
+        ({"optimizer": "muon", "zero": 2}, "zero must be 0, not 2"),
         ({"zero": 4}, "zero is 4; allowed are 0, 1, 2, 3"),
         ({"image_position": "left"}, "image_position is 'left'"),
     ],

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from visualrwkv.training import quickstart
-from visualrwkv.training.quickstart import Options, Phases
+from visualrwkv.training.quickstart import Command, Options, Phases, python
 
 
 @pytest.fixture(autouse=True)
@@ -15,8 +15,8 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "quickstart"
 
 
-def script(code: str) -> tuple[list[str], dict[str, str]]:
-    return [sys.executable, "-c", code], {}
+def script(code: str) -> list[Command]:
+    return [Command([sys.executable, "-c", code])]
 
 
 def test_a_phase_runs_once(home, tmp_path):
@@ -46,6 +46,27 @@ def test_another_recipe_is_refused_and_fresh_starts_over(home):
     assert (home / "model").exists()
     assert Phases(Options(fresh=True), {"lr": 2}).done == []
     assert not (home / "model").exists()
+
+
+def test_lanes_run_side_by_side_and_the_commands_of_one_in_order(home, tmp_path):
+    note = "import sys, time; time.sleep(float(sys.argv[2])); open({!r}, 'a').write(sys.argv[1])".format(
+        str(tmp_path / "notes")
+    )
+    lane = [Command([sys.executable, "-c", note, word, "0.2"]) for word in "ab"]
+    Phases(Options(), {})("three", "title", lane, [Command([sys.executable, "-c", note, "c", "2"])])
+    assert (tmp_path / "notes").read_text() == "abc"
+
+
+def test_options_become_words():
+    assert python("-m", "x", lr_final=0.1, out="o").words == [
+        sys.executable,
+        "-m",
+        "x",
+        "--lr-final",
+        "0.1",
+        "--out",
+        "o",
+    ]
 
 
 def test_when_one_of_two_fails_the_other_is_ended(home, tmp_path):

@@ -16,13 +16,25 @@ from PIL import Image
 
 pytest.importorskip("sklearn")
 
-from visualrwkv.training import scenes
-from visualrwkv.training.scene_questions import HELD_OUT, OUTCOMES, PHRASINGS, Scene, Thing, Turn, gives_away
 
-SPLITS = ("train", "test", "test_unseen")
+from visualrwkv.training import scenes
+from visualrwkv.training.scene_questions import (
+    HELD_OUT,
+    KINDS,
+    OUTCOMES,
+    PAIRS,
+    PHRASINGS,
+    Scene,
+    Thing,
+    Turn,
+    gives_away,
+)
+
+SPLITS = ("train", "val", "test", "test_unseen")
 TYPES = ("count", "colour", "shape", "exists", "digit", "position", "larger")
 KIND, COLOUR = "(circle|square|triangle|star|cross|digit)", "(red|green|blue|yellow|purple|orange|white)"
 NAMED = re.compile(f"{COLOUR} {KIND}")
+REFERENCE = re.compile(f"\\b(?:the|an?) (?:{COLOUR} )?(?:{KIND}|object)")
 PAINT = {
     "red": (222, 48, 42),
     "green": (48, 182, 70),
@@ -38,7 +50,7 @@ PAINT = {
 def data(tmp_path_factory) -> Path:
     """A data set with tests of the default size and a smaller training split."""
     out = tmp_path_factory.mktemp("scenes") / "data"
-    scenes.write(out, seed=3, train=2500, language=1500)
+    scenes.write(out, seed=3, train=2500, val=300, retell=300, language=1000)
     return out
 
 
@@ -62,6 +74,12 @@ def pairs_in(question: str) -> list[tuple[str, str]]:
     return [(kind, colour) for colour, kind in NAMED.findall(question.lower())]
 
 
+def things_in(question: str) -> list[dict]:
+    """What every "the star", "a red object" or "the red star" of a question says: kind, colour or both."""
+    found = [{"kind": kind, "colour": colour} for colour, kind in REFERENCE.findall(question.lower())]
+    return [{key: word for key, word in one.items() if word} for one in found if any(one.values())]
+
+
 def is_choice(question: str) -> bool:
     """Whether a question of type `position` or `larger` asks which of two things it is, rather than yes or no."""
     return "which" in question.lower()
@@ -69,9 +87,10 @@ def is_choice(question: str) -> bool:
 
 def outcome(question: str, answer: str) -> str:
     """The answer or, where a question leaves the choice between two things, which of them is the right one."""
-    if not is_choice(question) or len(pairs_in(question)) != 2:
+    if not is_choice(question) or len(things_in(question)) != 2:
         return answer
-    (right,) = [place for place, pair in zip(("first", "second"), pairs_in(question), strict=True) if answer in pair]
+    named = [thing.values() for thing in things_in(question)]
+    (right,) = [place for place, words in zip(("first", "second"), named, strict=True) if answer in words]
     return right
 
 
@@ -84,21 +103,21 @@ def tree(root: Path) -> dict[str, bytes]:
 
 def test_same_seed_same_bytes_whatever_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "CHUNK", 7)  # several jobs a split
-    small = {"train": 16, "test": 9, "language": 10}
+    small = {"train": 16, "val": 5, "test": 9, "retell": 4, "language": 10}
     scenes.write(tmp_path / "a", seed=5, workers=1, **small)
     scenes.write(tmp_path / "b", seed=5, workers=3, **small)
     scenes.write(tmp_path / "c", seed=6, workers=1, **small)
     a, b, c = (tree(tmp_path / name) for name in "abc")
-    assert len(a) == 16 + 9 + 9 + 9  # the last nine: lists of dialogues, captions, objects; parameters
+    assert len(a) == 16 + 5 + 9 + 9 + 13  # the last thirteen: lists of dialogues, captions, objects; parameters
     assert a == b
     assert a["images/train/000000.png"] != c["images/train/000000.png"]
     assert a["train.json"] != c["train.json"]
-    assert len({a[name] for name in a if name.endswith(".png")}) == 16 + 9 + 9  # chunks and splits do not repeat
+    assert len({a[name] for name in a if name.endswith(".png")}) == 16 + 5 + 9 + 9  # chunks and splits do not repeat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]  # nothing partial stays behind
 
 
 def test_an_existing_directory_is_kept_or_refused(tmp_path):
-    small = {"train": 3, "test": 2, "language": 2, "workers": 1}
+    small = {"train": 3, "val": 2, "test": 2, "retell": 2, "language": 2, "workers": 1}
     out = tmp_path / "out"
     scenes.write(out, **small)
     (out / "train.json").write_text("mine")
@@ -121,7 +140,7 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scenes, "draw", fail)
     with pytest.raises(OSError, match="disk full"):
-        scenes.write(tmp_path / "out", train=2, test=2, language=2, workers=1)
+        scenes.write(tmp_path / "out", train=2, val=2, test=2, retell=2, language=2, workers=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -180,20 +199,18 @@ def test_another_size_scales_the_picture():
 def test_held_out_pairs_occur_only_in_test_unseen(data):
     held = set(HELD_OUT)
     assert len(held) == 12
-    for split in ("train", "test"):
+    for split in ("train", "val", "test"):
         pairs = {(t["kind"], t["colour"]) for things in load(data, f"{split}.objects").values() for t in things}
         assert len(pairs) == 42 - 12
         assert not pairs & held
     pairs = {(t["kind"], t["colour"]) for things in load(data, "test_unseen.objects").values() for t in things}
     assert pairs == held
-    # What is said keeps to the same pairs as what is drawn, in captions and "is there" with the answer no too.
-    texts = {
-        name: [m["value"] for r in load(data, name) for m in r["conversations"]]
-        for name in ("train", "test", "test_unseen", "captions", "language")
-    }
-    for name, said in texts.items():
+    # What is said about pictures keeps to the same pairs, "is there" with the answer no too; text alone names all.
+    allowed = {name: set(PAIRS) - held for name in ("train", "val", "test", "captions", "mix")}
+    for name, pairs in (allowed | {"test_unseen": held, "language": set(PAIRS)}).items():
+        said = [m["value"] for r in load(data, name) for m in r["conversations"]]
         mentioned = {pair for text in said for pair in pairs_in(text)}
-        assert mentioned == held if name == "test_unseen" else len(mentioned) == 30 and not mentioned & held
+        assert mentioned <= pairs if name in ("val", "captions") else mentioned == pairs, name
 
 
 def test_handwriting_is_split_between_train_and_test(data):
@@ -206,8 +223,8 @@ def test_handwriting_is_split_between_train_and_test(data):
         assert all((t["kind"] == "digit") == (t["digit"] is not None) == (t["glyph"] is not None) for t in things)
         assert all(labels[t["glyph"]] == t["digit"] for t in things if t["kind"] == "digit")
         used[split] = {t["glyph"] for t in things} - {None}
-        assert len(used[split]) > 200
-    assert not used["train"] & (used["test"] | used["test_unseen"])
+        assert len(used[split]) > (80 if split == "val" else 200)
+    assert not (used["train"] | used["val"]) & (used["test"] | used["test_unseen"])
 
 
 # Balance -------------------------------------------------------------------------------------------------------------
@@ -227,24 +244,31 @@ def test_sizes_shares_and_first_turns(data):
             assert turns.total() >= 2350
         for type_ in TYPES:
             assert 0.08 <= turns[type_] / turns.total() <= 0.20, (name, type_)
-            assert 0.10 <= firsts[type_] / len(records) <= 0.18, (name, type_)
+            twice = type_ == "position" and not name.startswith("test")
+            assert (0.2 if twice else 0.08) <= firsts[type_] / len(records) <= (0.27 if twice else 0.18), (name, type_)
 
 
-def test_language_has_two_turns_of_every_type_and_answer(data):
+def plain(type_: str) -> set[str]:
+    """The answers, or places of the right one, that a type's outcomes stand for."""
+    return {re.split(": |, ", key)[1] if ": " in key else key for key in OUTCOMES[type_]}
+
+
+def test_language_asks_every_type_for_every_answer(data):
+    assert all(record["types"] == ["retell"] for record in load(data, "retell"))
     records = load(data, "language")
-    assert {len(record["types"]) for record in records} == {2}
-    turns = all_turns(data, "language")
+    assert 0.65 < sum(record["types"] != ["retell"] for record in records) / len(records) < 0.75
+    turns = [turn for turn in all_turns(data, "language") if turn[0] in TYPES]
     for type_ in TYPES:
         outcomes = Counter(outcome(question, answer) for t, question, answer in turns if t == type_)
         assert outcomes.total() / len(turns) >= 0.05, type_
-        assert set(outcomes) == {key.split(":")[0] for key in OUTCOMES[type_]}, type_
+        assert set(outcomes) == plain(type_), type_
         for one, other in (("first", "second"), ("yes", "no")):
-            if type_ in ("position", "larger") and one in outcomes:
+            if type_ in ("position", "larger", "exists") and one in outcomes:
                 assert abs(outcomes[one] / (outcomes[one] + outcomes[other]) - 0.5) < 0.1, type_
 
 
 def test_answers_are_balanced_within_each_type(data):
-    for split in SPLITS:
+    for split in ("train", "test", "test_unseen"):
         answers, phrased = defaultdict(Counter), Counter()
         for type_, question, answer in all_turns(data, split):
             answers[type_][outcome(question, answer)] += 1
@@ -253,21 +277,21 @@ def test_answers_are_balanced_within_each_type(data):
                 phrased[is_choice(question), axis_of(question)] += 1
         assert set(answers["position"]) == {"yes", "no", "first", "second"}
         position = answers["position"]
-        assert abs((position["yes"] + position["no"]) / position.total() - 1 / 3) < 0.02, split
+        assert abs((position["yes"] + position["no"]) / position.total() - 1 / 4) < 0.02, split
         for type_, one, other in (
             ("exists", "yes", "no"),
             ("position", "yes", "no"),
             ("position", "first", "second"),
             ("larger", "first", "second"),
         ):
-            assert {one, other} <= set(answers[type_]) <= set(OUTCOMES[type_]) | {"no"}
+            assert {one, other} <= set(answers[type_]) <= plain(type_)
             both = answers[type_][one] + answers[type_][other]
             assert abs(answers[type_][one] / both - 0.5) < 0.02, (split, type_, one)
         assert len(phrased) == 4  # both axes, each in both forms
         for (choice, axis), times in phrased.items():
             other_axis = phrased[choice, "y" if axis == "x" else "x"]
             assert abs(times / (times + other_axis) - 0.5) < 0.15, (split, phrased)
-        limits = (("count", 0.2, 0.3), ("colour", 0.11, 0.18), ("shape", 0.16, 0.24), ("digit", 0.06, 0.14))
+        limits = (("count", 0.2, 0.3), ("colour", 0.11, 0.18), ("shape", 0.16, 0.24), ("digit", 0.05, 0.15))
         for type_, least, most in limits:
             assert set(answers[type_]) == set(OUTCOMES[type_])
             shares = [n / answers[type_].total() for n in answers[type_].values()]
@@ -297,7 +321,7 @@ def test_the_course_of_a_dialogue_does_not_tell_the_answer(data):
     for record in load(data, "train"):
         for place, type_ in enumerate(record["types"]):
             _, question, answer = turns_of(record)[place]
-            asked = (type_, len(pairs_in(question)) == 2 and is_choice(question))
+            asked = (type_, is_choice(question) and type_ in ("position", "larger"))
             guesses[asked, place, tuple(record["types"][:place])][outcome(question, answer)] += 1
     for type_, choice, chance in (
         ("count", False, 0.25),
@@ -354,12 +378,15 @@ def solve(type_: str, question: str, things: list[dict]) -> str:
         found = only(things, colour=re.search(COLOUR, question)[0])["kind"]
         assert found != "digit"
         return found
-    named = pairs_in(question)
+    named = things_in(question)
     if type_ == "exists":
-        (kind, colour), present = named[0], [(t["kind"], t["colour"]) for t in things]
-        assert any(kind == k or colour == c for k, c in present)  # a "no" is always a near miss
-        return "yes" if (kind, colour) in present else "no"
-    a, b = (only(things, kind=kind, colour=colour) for kind, colour in named)
+        (wanted,) = named
+        hits = [[thing[key] == word for key, word in wanted.items()] for thing in things]
+        assert len(wanted) == 1 or any(map(any, hits))  # a "no" to both is always a near miss
+        return "yes" if any(map(all, hits)) else "no"
+    a, b = (only(things, **words) for words in named)
+    for words in named:  # the colour is said only where the kind alone would not do
+        assert ("colour" in words) == (sum(t["kind"] == words["kind"] for t in things) > 1)
     if type_ == "position":
         axis = axis_of(question)
         assert abs(a[axis] - b[axis]) >= 9
@@ -402,8 +429,8 @@ def read_caption(text: str) -> list[dict]:
             "colour": colour,
             "digit": digit,
             "extent": {"small": 1, "large": 9, "": 0}[size],
-            "y": 20 * PLACES[place][0],
-            "x": 20 * PLACES[place][1],
+            "y": 10 + 21.5 * PLACES[place][0],
+            "x": 10 + 21.5 * PLACES[place][1],
         }
         for size, colour, kind, digit, place in PHRASE.findall(text.lower())
     ]
@@ -411,31 +438,50 @@ def read_caption(text: str) -> list[dict]:
     return found
 
 
-def test_captions_name_everything_in_reading_order(data):
+def retold(answer: str, things: list[dict]) -> set[int]:
+    """The things that a retelling speaks of; fails where it says what is not so."""
+    about = set()
+    for words in answer.lower().rstrip(".").split(". "):
+        if found := re.fullmatch(f"the {KIND} is {COLOUR}", words):
+            thing = only(things, kind=found[1])
+            assert thing["colour"] == found[2]
+        elif found := re.fullmatch(f"the {COLOUR} object is a {KIND}", words):
+            thing = only(things, colour=found[1])
+            assert thing["kind"] == found[2]
+        else:
+            found = re.fullmatch(f"the {COLOUR} {KIND} is ({'|'.join(PLACES)})", words)
+            thing = only(things, kind=found[2], colour=found[1])
+            assert tuple(int(thing[axis] // (64 / 3)) for axis in "yx") == PLACES[found[3]]
+        about.add(id(thing))
+    return about
+
+
+def test_captions_are_true_of_the_pictures(data):
     objects = load(data, "train.objects")
     records = load(data, "captions")
     assert [record["image"] for record in records] == list(objects)
     for record in records:
-        human, gpt = record["conversations"]
-        assert human["value"].startswith("<image>\n")
-        read, things = read_caption(gpt["value"]), objects[record["image"]]
-        assert len(read) == len(things)
-        assert [(t["y"], t["x"]) for t in read] == sorted((t["y"], t["x"]) for t in read)
-        for words in read:
-            thing = only(things, kind=words["kind"], colour=words["colour"])
-            assert words["digit"] == ("" if thing["digit"] is None else str(thing["digit"]))
-            assert words["extent"] == (0 if thing["kind"] == "digit" else 9 if thing["extent"] >= 18 else 1)
-            assert [words[axis] for axis in "xy"] == [20 * int(thing[axis] // (64 / 3)) for axis in "xy"]
+        assert record["conversations"][0]["value"].startswith("<image>\n")
+        things = objects[record["image"]]
+        assert record["types"] == ["retell"]
+        assert len(retold(record["conversations"][1]["value"], things)) == len(things)
+
+
+def test_the_mix_is_train_and_every_second_caption(data):
+    assert load(data, "mix") == load(data, "train") + load(data, "captions")[::2]
 
 
 def test_language_questions_follow_from_the_caption(data):
-    records = load(data, "language")
-    assert len(records) == 1500
+    records = load(data, "retell") + load(data, "language")
+    assert len(records) == 1300
     for record in records:
         assert set(record) == {"id", "conversations", "types"}
         told = read_caption(record["conversations"][0]["value"].split("\n")[0])
         for type_, question, answer in turns_of(record):
-            assert solve(type_, question, told) == answer, (record["id"], question)
+            if type_ in TYPES:
+                assert solve(type_, question, told) == answer, (record["id"], question)
+            else:
+                assert (type_, len(retold(answer, told))) == ("retell", len(told))
 
 
 # Dialogues -----------------------------------------------------------------------------------------------------------
@@ -452,33 +498,36 @@ def test_the_tag_opens_the_first_human_turn_only(data):
 
 def hinted(turns: list[tuple[str, str, str]]) -> str | None:
     """The first question whose answer the turns before it tell or narrow down, as far as can be inferred; else None."""
-    known: set[tuple[str, str]] = set()  # pairs that are certainly there
-    absent: set[tuple[str, str]] = set()
-    compared: set[tuple[str, str]] = set()
+    known: list[dict] = []  # what is certainly there, each thing once
+    absent: list[dict] = []
     count = None
+
+    def met(key: str, word: str) -> bool:
+        return any(one.get(key) == word for one in known + absent)
+
     for type_, question, answer in turns:
-        kinds, colours = re.findall(KIND, question.lower()), re.findall(COLOUR, question.lower())
+        named = things_in(question)
         if type_ == "count":
             told = len(known) > 1
             count = int(answer)
         elif type_ == "digit":
             told = False
-        elif type_ == "colour":
-            told = any(kind == kinds[0] for kind, _ in known | absent)
-            known.add((kinds[0], answer))
-        elif type_ == "shape":
-            told = any(colour == colours[0] for _, colour in known | absent)
-            known.add((answer, colours[0]))
+            known.append({"kind": "digit"})
+        elif type_ in ("colour", "shape"):
+            asked, given = ("colour", "kind") if type_ == "colour" else ("kind", "colour")
+            told = met(given, named[0][given]) or any(set(one) == {asked} for one in absent)
+            known.append({given: named[0][given], asked: answer})
         elif type_ == "exists":
-            pair = (kinds[0], colours[0])
             # A kind or colour met before may be known to be the only one of its sort.
-            told = any(kind == pair[0] or colour == pair[1] for kind, colour in known | absent) or len(known) == count
-            (known if answer == "yes" else absent).add(pair)
+            told = any(met(key, word) for key, word in named[0].items()) or len(known) == count
+            (known if answer == "yes" else absent).append(named[0])
         else:
-            pairs = set(pairs_in(question))
-            told = bool(pairs & (compared | known))
-            compared |= pairs
-            known |= pairs
+            told = any(
+                one.get("kind") == thing["kind"] and thing.get("colour") in (None, one.get("colour"))
+                for one in known
+                for thing in named
+            )
+            known += named
         if told:
             return question
     return None
@@ -510,6 +559,11 @@ BAD = [
         ("larger", "Which is larger, the red star or the blue circle?", "star"),
         ("colour", "What colour is the star?", "red"),
     ],
+    [("exists", "Is there a cross?", "no"), ("shape", "What shape is the red object?", "star")],
+    [("exists", "Is there a green object?", "no"), ("colour", "What colour is the star?", "red")],
+    [("exists", "Is there a star?", "yes"), ("colour", "What colour is the star?", "red")],
+    [("position", "Is the star left of the circle?", "yes"), ("exists", "Is there a star?", "yes")],
+    [("position", "Is the star left of the circle?", "yes"), ("colour", "What colour is the star?", "red")],
     [
         ("count", "How many objects are there?", "1"),
         ("colour", "What colour is the star?", "red"),
@@ -529,6 +583,8 @@ def test_both_rules_catch_what_gives_away(turns):
         words = tuple(re.findall(f"{KIND}|{COLOUR}", question))
         said = tuple(word for groups in words for word in groups if word)
         about = tuple(i for i, t in enumerate(scene.things) if (t.kind in said or t.colour in said) and answer != "no")
-        made.append(Turn(type_, "", answer, about, said))
+        alone = type_ == "exists" and len(said) == 1
+        outcome = f"{'kind' if said[0] in KINDS else 'colour'}: {answer}" if alone else ""
+        made.append(Turn(type_, outcome, answer, about, said))
     assert gives_away(scene, made[:-1], made[-1])
     assert not gives_away(scene, [], made[-1])

@@ -1,9 +1,13 @@
-"""Trains a small vision encoder on `scenes` with dense supervision: each patch says what it shows.
+"""Trains a small vision encoder on `scenes` with dense supervision: each image token says what it shows.
 
 It stands in for a pretrained encoder. Without it a small model sits at its blind score for a long time: answers alone teach
-an encoder little.
+an encoder little. Three kinds of pictures keep shape and colour apart, so that neither is guessed from the other:
 
-B pictures, P patches, D width.
+- recoloured ones, whose channels are mixed at random, teach shapes in any colour;
+- ones with the pixels of each patch shuffled teach colours in any shape;
+- plain ones teach both, but only against what occurs in training: that there is no green square is not a thing to learn.
+
+B pictures, P patches, M image tokens, D width.
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ from torch import Tensor, nn
 from visualrwkv.checkpoint import save_vision
 from visualrwkv.config import VISION_PRESETS, VisionConfig, preset
 from visualrwkv.training.progress import Bar
-from visualrwkv.training.scene_questions import COLOURS, KINDS
+from visualrwkv.training.scene_questions import COLOURS, KINDS, SEEN
+from visualrwkv.vision.pool import pool
 from visualrwkv.vision.vrwkv import VRWKV
 
 NOTHING = 0
-"""The class of a patch without an object; kinds, colours and digits are counted from 1."""
+"""The class of a token without an object; kinds, colours and digits are counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class EncoderRecipe:
     """How long and how fast."""
 
     preset: str = "vrwkv_nano"
-    steps: int = 720
+    image_tokens: int = 16  # the patches are pooled to so many, as the language model will see them
+    steps: int = 800
     batch: int = 64
     lr: float = 4e-3
     weight_decay: float = 0.02
@@ -43,53 +49,63 @@ class EncoderRecipe:
     bf16: bool = True
 
 
-def patch_targets(objects: list[dict], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """One picture's objects -> (P, 4) classes (kind, colour, digit, centre) and (P, 3) places."""
-    side, patch, size = config.grid, config.patch_size, config.image_size
-    middle = (np.arange(side) + 0.5) * patch
-    yy, xx = np.meshgrid(middle, middle, indexing="ij")
+OCCURS = torch.ones(len(KINDS) + 1, len(COLOURS) + 1, dtype=torch.bool)
+"""[kind, colour]: whether the pair is in the training pictures; a token without an object may be thought anything."""
+OCCURS[1:, 1:] = torch.tensor([[(kind, colour) in SEEN for colour in COLOURS] for kind in KINDS])
+
+
+def token_targets(objects: list[dict], size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """One picture's objects -> (M, 4) classes (kind, colour, digit, centre) and (M, 3) places, for side² image tokens.
+
+    An object belongs to the token in whose cell its centre lies; a place is x, y and twice the extent, of the picture's
+    size (pixels).
+    """
     classes, places = np.zeros((side, side, 4), np.int64), np.zeros((side, side, 3), np.float32)
-    nearest = np.full((side, side), np.inf)
     for thing in objects:
-        distance = np.hypot(xx - thing["x"], yy - thing["y"])
-        inside = (distance < thing["extent"] / 2 + patch / 4) & (distance < nearest)
-        nearest[inside] = distance[inside]
+        row, column = (min(int(thing[a] * side / size), side - 1) for a in ("y", "x"))
         digit = NOTHING if thing["digit"] is None else thing["digit"] + 1
-        classes[inside, :3] = (KINDS.index(thing["kind"]) + 1, COLOURS.index(thing["colour"]) + 1, digit)
-        places[inside] = (thing["x"] / size, thing["y"] / size, thing["extent"] / size * 2)
-        row, column = (min(int(thing[a] / patch), side - 1) for a in ("y", "x"))
-        classes[row, column, 3] = 1
+        classes[row, column] = (KINDS.index(thing["kind"]) + 1, COLOURS.index(thing["colour"]) + 1, digit, 1)
+        places[row, column] = (thing["x"] / size, thing["y"] / size, thing["extent"] / size * 2)
     return classes.reshape(-1, 4), places.reshape(-1, 3)
 
 
+def mean(x: Tensor) -> Tensor:
+    """The mean of x (n,), or 0 where a batch has nothing of the kind."""
+    return x.sum() / max(len(x), 1)
+
+
 class DenseHead(nn.Module):
-    """A linear reading of each patch; it is thrown away after training."""
+    """A linear reading of each image token; it is thrown away after training."""
 
     def __init__(self, width: int):
         super().__init__()
         self.sizes = (len(KINDS) + 1, len(COLOURS) + 1, 11, 2, 3)
         self.read = nn.Linear(width, sum(self.sizes))
 
-    def forward(self, patches: Tensor) -> tuple[Tensor, ...]:
-        """(B, P, D) -> logits of kind, colour, digit, centre, and the place."""
-        return self.read(patches).split(self.sizes, -1)
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """(B, M, D) -> logits of kind, colour, digit, centre, and the place."""
+        return self.read(tokens).split(self.sizes, -1)
 
     def loss(
-        self, patches: Tensor, classes: Tensor, places: Tensor, plain: Tensor, shuffled: Tensor
+        self, tokens: Tensor, classes: Tensor, places: Tensor, plain: Tensor, shuffled: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        """Patches (B, P, D), classes (B, P, 4), places (B, P, 3), which pictures (B,) are plain and which shuffled
-        -> the loss, and accuracies on the object patches that count."""
-        *logits, place = self(patches)
+        """Image tokens (B, M, D), classes (B, M, 4), places (B, M, 3), which pictures (B,) are plain and which shuffled
+        -> the loss, and accuracies on the tokens of objects that count."""
+        *logits, place = self(tokens)
         shown = classes[..., 0] != NOTHING
-        total, figures = patches.new_zeros(()), {}
+        total, figures = tokens.new_zeros(()), {}
         for i, name in enumerate(("kind", "colour", "digit", "centre")):
             used = (plain | shuffled if name == "colour" else ~shuffled)[:, None].expand_as(shown)
-            said, truth, important = logits[i][used], classes[..., i][used], shown[used]
+            said, truth, important = logits[i], classes[..., i][used], shown[used]
+            if name in ("kind", "colour"):
+                occurs = OCCURS.T[classes[..., 1]] if name == "kind" else OCCURS[classes[..., 0]]
+                said = said.masked_fill(plain[:, None, None] & ~occurs, -30.0)
             if name == "digit":
                 important = truth != NOTHING
+            said = said[used]
             each = F.cross_entropy(said, truth, reduction="none")
-            total = total + 0.6 * each[important].mean() + 0.4 * each[~important].mean()
-            figures[name] = float((said.argmax(-1) == truth)[important].float().mean())
+            total = total + 0.6 * mean(each[important]) + 0.4 * mean(each[~important])
+            figures[name] = float(mean((said.argmax(-1) == truth)[important].float()))
         used = shown & ~shuffled[:, None]
         off = F.smooth_l1_loss(place[used], places[used], beta=0.05)
         return total + 5 * off, figures | {"place": float((place.detach() - places)[used].abs().mean())}
@@ -126,7 +142,8 @@ def train_encoder(data: Path, out: Path, recipe: EncoderRecipe) -> dict[str, flo
     scenes = json.loads((data / "train.objects.json").read_text())
     names = list(scenes)
     pictures = load_pictures(data, names)
-    dense = [patch_targets(scenes[n], config) for n in names]
+    side = math.isqrt(recipe.image_tokens)
+    dense = [token_targets(scenes[n], config.image_size, side) for n in names]
     classes, places = (torch.from_numpy(np.stack(part)) for part in zip(*dense))
 
     vit, head = VRWKV(config), DenseHead(config.width)
@@ -148,21 +165,24 @@ def train_encoder(data: Path, out: Path, recipe: EncoderRecipe) -> dict[str, flo
                 queue = torch.randperm(len(names), generator=order)
             index, queue = queue[: recipe.batch], queue[recipe.batch :]
             began = time.monotonic()
-            # half as they are, a quarter recoloured (colour not asked), a quarter shuffled (only colour asked)
-            part = torch.arange(recipe.batch) * 8 // recipe.batch
-            shown, plain, shuffled = pictures[index].float(), part < 4, part >= 6
-            shown[(part >= 4) & (part < 6)] = recolour(shown[(part >= 4) & (part < 6)], order)
+            part = torch.arange(recipe.batch) * 4 // recipe.batch
+            shown, plain, shuffled = pictures[index].float(), part < 1, part >= 3
+            shown[~plain & ~shuffled] = recolour(shown[~plain & ~shuffled], order)
             shown[shuffled] = shuffle_patches(shown[shuffled], config.patch_size, order)
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                 patches = vit(normalise(shown, config))
-            loss, figures = head.loss(patches.float(), classes[index], places[index], plain, shuffled)
+            tokens = pool(patches.float(), (config.grid, config.grid), side)
+            loss, figures = head.loss(tokens, classes[index], places[index], plain, shuffled)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            rows.append({"step": step, "loss": float(loss), "seconds": time.monotonic() - began, **figures})
+            rows.append({"step": step, "loss": float(loss.detach()), "seconds": time.monotonic() - began, **figures})
             bar.advance(
-                notes={"loss": f"{float(loss):.3f}", **{k: f"{figures[k]:.2f}" for k in ("kind", "colour", "digit")}}
+                notes={
+                    "loss": f"{rows[-1]['loss']:.3f}",
+                    **{k: f"{figures[k]:.2f}" for k in ("kind", "colour", "digit")},
+                }
             )
     save_vision(vit, out)
     (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -184,7 +204,8 @@ def main() -> None:
     options = parse(Options)
     figures = train_encoder(options.data, options.out, options.recipe)
     print(
-        "encoder: accuracy on object patches " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if k != "place")
+        "encoder: accuracy on the tokens of objects "
+        + ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if k != "place")
     )
 
 

@@ -136,13 +136,13 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
             print(f"{run.out} is finished; set OUT to train again beside it", file=sys.stderr)
         return True
 
-    parameters = freeze(model, run.stage)
+    freeze(model, run.stage)
     wake_head(model.rwkv.head.weight, data.answers)
     rows = distinct_rows(model.rwkv.head.weight, data.answers)
     settings = deepspeed_config(recipe, world)
     engine, optimizer, _, _ = deepspeed.initialize(
         model=Objective(model, recipe.bf16, rows),
-        optimizer=make_optimizer(parameters, recipe),
+        optimizer=make_optimizer(model, recipe),
         config=settings,
         dist_init_required=False,
     )
@@ -165,7 +165,7 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
             began = time.monotonic()
             lr = learning_rate(recipe, step, total)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             loss = torch.zeros((), device=engine.device)
             tokens = 0
             for _ in share.batches:

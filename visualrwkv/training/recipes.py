@@ -20,6 +20,8 @@ class Recipe:
     steps: int = 0  # optimiser steps; 0: as many as `epochs` needs
     tokens: int = 8192  # token budget of a packed batch, image tokens included, per rank
     accumulate: int = 1  # batches per optimiser step and rank
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the RWKV blocks, AdamW for the rest
+    muon_lr: float = 0.02  # Muon's peak rate; it follows the schedule of lr
     lr: float = 1e-3
     lr_final: float = 1e-5  # where the cosine ends
     warmup: int = 0  # optimiser steps
@@ -37,23 +39,26 @@ class Recipe:
 
     def __post_init__(self) -> None:
         choose("image_position", self.image_position, IMAGE_POSITIONS)
+        choose("optimizer", self.optimizer, ("adamw", "muon"))
         for name in ("tokens", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("steps", "warmup", "workers", "lr", "lr_final", "weight_decay"):
+        for name in ("steps", "warmup", "workers", "lr", "lr_final", "muon_lr", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.steps == 0 and self.epochs <= 0:
             raise ValueError(f"epochs is {self.epochs} and steps 0; one of them must be above 0")
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero is {self.zero}; allowed are 0, 1, 2, 3")
+        if self.optimizer == "muon" and self.zero:
+            raise ValueError(f"optimizer muon needs whole matrices on every rank: zero must be 0, not {self.zero}")
 
 
-NANO: dict[str, Any] = {"tokens": 6144, "bf16": True, "save_every": 100}
+NANO: dict[str, Any] = {"tokens": 4096, "optimizer": "muon", "bf16": True, "warmup": 10}
 RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
-        "language": Recipe(steps=380, tokens=4096, lr=3e-3, lr_final=3e-4, warmup=10, bf16=True),
-        "pretrain": Recipe(steps=80, lr=5e-3, lr_final=1e-3, **NANO),
-        "finetune": Recipe(steps=420, lr=2e-3, lr_final=1e-4, warmup=10, **NANO),
+        "language": Recipe(steps=250, lr=3e-3, lr_final=1e-3, **NANO),
+        "pretrain": Recipe(steps=60, lr=5e-3, lr_final=1e-3, **NANO),
+        "finetune": Recipe(steps=480, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
     },
 }

@@ -18,15 +18,25 @@ HELD_OUT = [(kind, COLOURS[(i + step) % len(COLOURS)]) for i, kind in enumerate(
 SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
 
 TYPES = ("count", "colour", "shape", "exists", "digit", "position", "larger")
+OPENINGS = (*TYPES, "position")  # it has the most to learn: two axes, asked in two ways
 # The share each outcome should have inside its type. "first" and "second" say where the question mentions the right
-# one of two. The "no" of `exists` has two forms, so that neither a right kind nor a right colour alone means "yes".
+# one of two. `exists` asks for a kind, for a colour, or for both; its last "no" comes with the right kind or the right
+# colour in view, so that neither alone means "yes".
 OUTCOMES = {
     "count": {str(n): 1 / 4 for n in range(1, 5)},
     "colour": {colour: 1 / len(COLOURS) for colour in COLOURS},
     "shape": {kind: 1 / 5 for kind in KINDS if kind != "digit"},
-    "exists": {"yes": 1 / 2, "no: kind is there": 1 / 4, "no: colour is there": 1 / 4},
+    "exists": {
+        "kind: yes": 1 / 8,
+        "kind: no": 1 / 8,
+        "colour: yes": 1 / 8,
+        "colour: no": 1 / 8,
+        "both: yes": 1 / 4,
+        "both: no, the kind is there": 1 / 8,
+        "both: no, the colour is there": 1 / 8,
+    },
     "digit": {str(d): 1 / 10 for d in range(10)},
-    "position": {"yes": 1 / 6, "no": 1 / 6, "first": 1 / 3, "second": 1 / 3},
+    "position": {"yes": 1 / 8, "no": 1 / 8, "first": 3 / 8, "second": 3 / 8},
     "larger": {"first": 1 / 2, "second": 1 / 2},
 }
 PHRASINGS = {
@@ -80,10 +90,11 @@ PLACES = (
     ("on the left", "in the middle", "on the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
+RETELL = ("Say it in other words.", "What is known of each object?", "Describe every object.")
 CAPTIONS = ("{0}.", "There is {0}.", "The picture shows {0}.", "In the picture there is {0}.")
 
 LARGE_FROM = 18.0  # pixels of 64. No plain shape measures 17 to 19, so that small and large are never a matter of taste
-APART = 9.0  # pixels of 64 that centres lie apart along an axis before a question compares them there
+APART = 12.0  # pixels of 64 that centres lie apart along an axis before a question compares them there
 RATIO = 1.35  # of extents, before a question compares sizes
 
 
@@ -178,18 +189,25 @@ def candidates(scene: Scene, rng: Random, pairs: list[tuple[str, str]], told: bo
         if t.digit is not None:
             turns.append(Turn("digit", str(t.digit), str(t.digit), (i,), (t.kind,), "digit"))
         named = (article(f"{t.colour} {t.kind}"),)
-        turns.append(Turn("exists", "yes", "yes", (i,), (t.kind, t.colour), "exists", named))
+        turns.append(Turn("exists", "both: yes", "yes", (i,), (t.kind, t.colour), "exists", named))
     present = {(t.kind, t.colour) for t in things}
     for kind, colour in pairs:
-        half = [f"no: {word} is there" for word, there in (("kind", kinds[kind]), ("colour", colours[colour])) if there]
+        half = [word for word, there in (("kind", kinds[kind]), ("colour", colours[colour])) if there]
         if half and (kind, colour) not in present:
             named = (article(f"{colour} {kind}"),)
-            turns.append(Turn("exists", rng.choice(half), "no", (), (kind, colour), "exists", named))
+            outcome = f"both: no, the {rng.choice(half)} is there"
+            turns.append(Turn("exists", outcome, "no", (), (kind, colour), "exists", named))
+    if pairs is not HELD_OUT:  # one word is no pair
+        for attribute, words in (("kind", KINDS), ("colour", COLOURS)):
+            for word in words:
+                those = tuple(i for i, t in enumerate(things) if getattr(t, attribute) == word)
+                answer = "yes" if those else "no"
+                named = (article(word if attribute == "kind" else f"{word} object"),)
+                turns.append(Turn("exists", f"{attribute}: {answer}", answer, those, (word,), "exists", named))
 
     for i, a in enumerate(things):
         for j, b in enumerate(things[:i]):
-            said = (a.kind, a.colour, b.kind, b.colour)
-            names = (f"the {a.colour} {a.kind}", f"the {b.colour} {b.kind}")
+            said, names = (*called(scene, a), *called(scene, b)), (the(scene, a), the(scene, b))
             for apart, relation, superlative, axis in (
                 (a.x - b.x, "left", "leftmost", 1),
                 (a.y - b.y, "above", "highest", 0),
@@ -200,21 +218,31 @@ def candidates(scene: Scene, rng: Random, pairs: list[tuple[str, str]], told: bo
                     blanks = names if (apart < 0) == (answer == "yes") else names[::-1]
                     turns.append(Turn("position", answer, answer, (i, j), said, relation, blanks))
                 winner, other = (a, b) if apart < 0 else (b, a)
-                turns += pick(winner, other, (i, j), "position", superlative)
+                turns += pick(scene, winner, other, (i, j), "position", superlative)
             small, large = sorted((a.extent, b.extent))
             untold = told and is_large(scene, a) == is_large(scene, b)
             if "digit" in (a.kind, b.kind) or large < RATIO * small or untold:
                 continue
             winner, other = (a, b) if a.extent > b.extent else (b, a)
-            turns += pick(winner, other, (i, j), "larger", "larger")
+            turns += pick(scene, winner, other, (i, j), "larger", "larger")
     return turns
 
 
-def pick(winner: Thing, other: Thing, things: tuple[int, ...], type: str, phrasing: str) -> list[Turn]:
+def called(scene: Scene, thing: Thing) -> tuple[str, ...]:
+    """The words that single a thing out: its kind, with its colour where others are of that kind too."""
+    alone = sum(t.kind == thing.kind for t in scene.things) == 1
+    return (thing.kind,) if alone else (thing.colour, thing.kind)
+
+
+def the(scene: Scene, thing: Thing) -> str:
+    """What a question calls a thing."""
+    return " ".join(("the", *called(scene, thing)))
+
+
+def pick(scene: Scene, winner: Thing, other: Thing, things: tuple[int, ...], type: str, phrasing: str) -> list[Turn]:
     """The two turns, one for each order of mention, that ask which of two `things` it is: it is `winner`."""
     answer = winner.kind if winner.kind != other.kind else winner.colour
-    said = (winner.kind, winner.colour, other.kind, other.colour)
-    names = (f"the {winner.colour} {winner.kind}", f"the {other.colour} {other.kind}")
+    said, names = (*called(scene, winner), *called(scene, other)), (the(scene, winner), the(scene, other))
     return [
         Turn(type, "first", answer, things, said, phrasing, names),
         Turn(type, "second", answer, things, said, phrasing, names[::-1]),
@@ -236,8 +264,10 @@ def gives_away(scene: Scene, history: list[Turn], turn: Turn) -> bool:
         # Once all counted objects are known, nothing else can be there.
         counted_out = any(earlier.type == "count" for earlier in history) and len(named) == len(scene.things)
         return counted_out or not said.isdisjoint(turn.said)
-    # "There is no red star" narrows down the colour of the star and the shape of the red object.
-    return turn.type in ("colour", "shape") and not denied.isdisjoint(turn.said)
+    # "There is no red star" narrows down the colour of the star and the shape of the red object, "no star" any shape.
+    return turn.type in ("colour", "shape") and (
+        not denied.isdisjoint(turn.said) or any(e.outcome in ("kind: no", "colour: no") for e in history)
+    )
 
 
 def crowding(turn: Turn, place: int, tally: Counter) -> tuple[float, int]:
@@ -279,18 +309,31 @@ def dialogue(scene: Scene, rng: Random, tally: Counter, first: str, pairs: list[
     return turns
 
 
-def told_dialogue(scene: Scene, rng: Random) -> list[Turn]:
-    """Two turns that the caption of `scene` answers, each of any type: all is given away already."""
+def told_dialogue(scene: Scene, rng: Random, count: int = 4) -> list[Turn]:
+    """`count` turns that the caption of `scene` answers, each of any type: all is given away already."""
     by_type: dict[str, dict[str, list[Turn]]] = {}
-    for turn in candidates(scene, rng, SEEN, told=True):
+    for turn in candidates(scene, rng, PAIRS, told=True):
         by_type.setdefault(turn.type, {}).setdefault(turn.outcome, []).append(turn)
     turns = []
-    for _ in range(2):
-        kind = rng.choice(sorted(by_type))
+    for _ in range(count):
+        kind = rng.choice([type for type in OPENINGS if type in by_type])
         outcomes = sorted(by_type[kind])
         (outcome,) = rng.choices(outcomes, [OUTCOMES[kind][o] for o in outcomes])
         turns.append(worded(rng.choice(by_type[kind][outcome]), rng))
     return turns
+
+
+def retell(scene: Scene, rng: Random) -> Turn:
+    """An answer of a short sentence or two on each thing of `scene`, in any order: which colour and which shape go together."""
+    kinds, colours = Counter(t.kind for t in scene.things), Counter(t.colour for t in scene.things)
+    told = []
+    for t in rng.sample(scene.things, len(scene.things)):
+        row, column = cell(scene, t)
+        sentences = [f"The {t.kind} is {t.colour}."] if kinds[t.kind] == 1 else []
+        if colours[t.colour] == 1:
+            sentences.append(f"The {t.colour} object is a {t.kind}.")
+        told += rng.sample(sentences or [f"The {t.colour} {t.kind} is {PLACES[row][column]}."], max(1, len(sentences)))
+    return Turn("retell", "", " ".join(told), question=rng.choice(RETELL))
 
 
 def worded(turn: Turn, rng: Random) -> Turn:

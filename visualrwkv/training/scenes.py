@@ -5,13 +5,16 @@
 One to four objects, one of them perhaps a real handwritten digit, lie on an uneven, noisy background. What is written
 is ordinary LLaVA JSON beside PNG files, so that everything downstream takes the path that users' own data takes:
 
-    train.json, test.json, test_unseen.json     records {id, image, conversations, types}; `types` has one entry a turn
-    captions.json                               the train pictures, each described in a sentence
-    language.json                               text only: a caption of a picture never drawn, and questions it answers
+    train.json, val.json, test.json, test_unseen.json   records {id, image, conversations, types}, a type for each turn
+    captions.json     the train pictures described, thing by thing
+    mix.json          train.json and every second caption: what stage 2 learns from
+    retell.json       text only: pictures never drawn, told in one sentence and then thing by thing
+    language.json     text only: the same, and questions that the sentence answers
     <split>.objects.json                        what is where in each picture, in pixels
     images/<split>/000123.png
 
-`test_unseen` asks only about pairs of kind and colour that no other split contains, in pictures or in words.
+`test_unseen` asks only about pairs of kind and colour that no other picture contains. What is text only speaks
+of all pairs: it stands for what a pretrained language model has read.
 """
 
 import json
@@ -31,6 +34,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 from visualrwkv.training.scene_questions import (
     HELD_OUT,
+    OPENINGS,
+    PAIRS,
     SEEN,
     TYPES,
     Scene,
@@ -39,15 +44,18 @@ from visualrwkv.training.scene_questions import (
     caption,
     dialogue,
     remember,
+    retell,
     told_dialogue,
 )
 
 __all__ = ["Scene", "Thing", "Turn", "arrange", "caption", "dialogue", "draw", "handwriting", "write"]
 
-FORMAT = 1  # raise it when the same seed gives other data
+FORMAT = 2  # raise it when the same seed gives other data
 CHUNK = 1000  # pictures that share one generator and one tally; fixed, so that the number of workers changes nothing
-SPLITS = ("train", "test", "test_unseen")
+SPLITS = ("train", "val", "test", "test_unseen")
+TEXTS = ("retell", "language")
 DIGIT_SHARE = 0.36  # of the pictures not made for a digit question; about 45 % of all pictures then hold one
+ASKED_SHARE = 0.7  # of `language`; the rest are retellings
 COUNTS = (1, 1, 2, 2, 3, 3, 3, 4, 4, 4)  # things in the pictures not made for a count: more things, more to ask
 SUPERSAMPLE = 4
 NOISE = 7.0  # standard deviation, of 255
@@ -60,12 +68,11 @@ PAINT = {
     "orange": (246, 138, 28),
     "white": (240, 240, 240),
 }
-DESCRIBE = ("Describe the picture.", "What does the picture show?", "What can you see?", "Write a caption.")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures `start` to `stop` of one split, or as many dialogues of `language`, where nothing is drawn."""
+    """Pictures `start` to `stop` of one split, or as many dialogues of one of `TEXTS`."""
 
     out: Path
     split: str
@@ -94,7 +101,7 @@ def glyphs(split: str) -> tuple[tuple[int, ...], ...]:
 
 def pairs_of(split: str) -> list[tuple[str, str]]:
     """The pairs of kind and colour that a split speaks of."""
-    return HELD_OUT if split == "test_unseen" else SEEN
+    return HELD_OUT if split == "test_unseen" else PAIRS if split in TEXTS else SEEN
 
 
 def arrange(rng: Random, count: int, with_digit: bool, split: str = "train", size: int = 64) -> Scene:
@@ -211,19 +218,23 @@ def work(job: Job) -> dict[str, list]:
     firsts: list[str] = []
     for number in range(job.start, job.stop):
         name = f"{job.split}-{number:06d}"
-        if job.split == "language":
+        if job.split in TEXTS:
             scene = arrange(rng, rng.choice(COUNTS), rng.random() < DIGIT_SHARE, job.split, job.size)
-            turns = told_dialogue(scene, rng)
-            made["records"].append(record(name, turns, before=f"{caption(scene, rng)}\n"))
+            before = f"{caption(scene, rng)}\n"
+            asked = job.split == "language" and rng.random() < ASKED_SHARE
+            turns = told_dialogue(scene, rng) if asked else [retell(scene, rng)]
+            made["records"].append(record(name, turns, before))
             continue
-        firsts = firsts or rng.sample(TYPES, len(TYPES))  # every type opens equally many dialogues
+        if not firsts:  # tests open with every type equally often
+            firsts = (
+                rng.sample(TYPES, len(TYPES)) if job.split.startswith("test") else rng.sample(OPENINGS, len(OPENINGS))
+            )
         scene, turns = converse(rng, tally, firsts.pop(), job.split, job.size)
-        described = caption(scene, rng)
+        described = retell(scene, rng)
         image = f"images/{job.split}/{number:06d}.png"
         draw(scene, rng).save(job.out / image, compress_level=1)  # noise hardly compresses anyway
         made["records"].append(record(name, turns, before="<image>\n", image=image))
-        asked = [{"from": "human", "value": f"<image>\n{rng.choice(DESCRIBE)}"}, {"from": "gpt", "value": described}]
-        made["captions"].append({"id": f"caption-{name}", "image": image, "conversations": asked})
+        made["captions"].append(record(f"caption-{name}", [described], before="<image>\n", image=image))
         made["objects"].append((image, [asdict(thing) for thing in scene.things]))
     return made
 
@@ -248,7 +259,9 @@ def write(
     out: Path,
     seed: int = 0,
     train: int = 12_000,
+    val: int = 200,
     test: int = 1000,
+    retell: int = 9000,
     language: int = 12_000,
     size: int = 64,
     workers: int = 2,
@@ -259,13 +272,24 @@ def write(
         out: the directory to make. It appears whole or not at all.
         seed: the same seed gives the same bytes, whatever the number of workers.
         train: pictures to train on.
+        val: pictures to look at while training goes on; their digits are written by train's hands.
         test: pictures in each of `test` and `test_unseen`; 1000 give about 2,450 questions each.
+        retell: text-only retellings.
         language: text-only dialogues.
         size: side of the square pictures, in pixels.
         workers: processes that draw.
     """
-    parameters = {"format": FORMAT, "seed": seed, "train": train, "test": test, "language": language, "size": size}
-    for name, least in (("train", 1), ("test", 1), ("language", 1), ("size", 32)):
+    parameters = {
+        "format": FORMAT,
+        "seed": seed,
+        "train": train,
+        "val": val,
+        "test": test,
+        "retell": retell,
+        "language": language,
+        "size": size,
+    }
+    for name, least in (("train", 1), ("val", 1), ("test", 1), ("retell", 1), ("language", 1), ("size", 32)):
         if parameters[name] < least:
             raise ValueError(f"{name} must be at least {least}, not {parameters[name]}.")
     if workers < 1:
@@ -284,7 +308,7 @@ def write(
         partial = Path(scratch) / "scenes"
         for split in SPLITS:
             (partial / "images" / split).mkdir(parents=True)
-        counts = {"train": train, "test": test, "test_unseen": test, "language": language}
+        counts = {"train": train, "val": val, "test": test, "test_unseen": test, "retell": retell, "language": language}
         jobs = [
             Job(partial, split, start, min(start + CHUNK, count), seed, size)
             for split, count in counts.items()
@@ -297,7 +321,8 @@ def write(
             save_list(partial / f"{split}.json", records)
             if split == "train":
                 save_list(partial / "captions.json", captions)
-            if split != "language":
+                save_list(partial / "mix.json", records + captions[::2])
+            if split in SPLITS:
                 (partial / f"{split}.objects.json").write_text(json.dumps(dict(objects)))
         (partial / "scenes.json").write_text(json.dumps(parameters) + "\n")
         partial.replace(out)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,26 +27,13 @@ from torch import Tensor, nn
 from visualrwkv.checkpoint import save_vision
 from visualrwkv.config import VISION_PRESETS, VisionConfig, preset
 from visualrwkv.training.progress import Bar
+from visualrwkv.training.recipes import EncoderRecipe
 from visualrwkv.training.scene_questions import COLOURS, KINDS, SEEN
 from visualrwkv.vision.pool import pool
 from visualrwkv.vision.vrwkv import VRWKV
 
 NOTHING = 0
 """The class of a token without an object; kinds, colours and digits are counted from 1."""
-
-
-@dataclass(frozen=True)
-class EncoderRecipe:
-    """How long and how fast."""
-
-    preset: str = "vrwkv_nano"
-    image_tokens: int = 16  # the patches are pooled to so many, as the language model will see them
-    steps: int = 800
-    batch: int = 64
-    lr: float = 4e-3
-    weight_decay: float = 0.02
-    seed: int = 0
-    bf16: bool = True
 
 
 OCCURS = torch.ones(len(KINDS) + 1, len(COLOURS) + 1, dtype=torch.bool)
@@ -199,7 +186,7 @@ def main() -> None:
 
         data: Path  # a directory written by visualrwkv.training.scenes
         out: Path
-        recipe: EncoderRecipe = EncoderRecipe()
+        recipe: EncoderRecipe = field(default_factory=EncoderRecipe)
 
     options = parse(Options)
     figures = train_encoder(options.data, options.out, options.recipe)

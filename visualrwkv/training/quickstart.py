@@ -5,6 +5,7 @@ Each phase is a process of its own and leaves a directory under runs/quickstart;
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,14 +14,13 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from visualrwkv.commandline import parse, run
-from visualrwkv.training.encoder import EncoderRecipe
-from visualrwkv.training.recipes import RECIPES
+from visualrwkv.training.recipes import RECIPES, EncoderRecipe
 
 HOME = Path("runs/quickstart")
 RETELL: dict[str, Any] = {"steps": 300, "tokens": 2048, "lr_final": 2e-3}
@@ -49,14 +49,22 @@ class Memory(threading.Thread):
 
         me = psutil.Process()
         while True:
-            total = 0
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().pss
-                except psutil.Error:  # it ended between the two calls
-                    continue
-            self.peak = max(self.peak, total)
+            family = [me, *me.children(recursive=True)]
+            # Resident pages are quick to count and an upper bound; shared ones are told apart only where it matters.
+            if self.total(family, lambda p: p.memory_info().rss) > self.peak:
+                self.peak = max(self.peak, self.total(family, lambda p: p.memory_full_info().pss))
             time.sleep(0.5)
+
+    @staticmethod
+    def total(family: list[Any], size: Callable[[Any], int]) -> int:
+        """The sum over processes; one that ended meanwhile counts nothing."""
+        import psutil
+
+        total = 0
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                total += size(process)
+        return total
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,25 @@ class Recipe:
             raise ValueError(f"optimizer muon needs whole matrices on every rank: zero must be 0, not {self.zero}")
 
 
+@dataclass(frozen=True)
+class EncoderRecipe:
+    """How the vision encoder that stands in for a pretrained one is trained."""
+
+    preset: str = "vrwkv_nano"
+    image_tokens: int = 16  # the patches are pooled to so many, as the language model will see them
+    steps: int = 880
+    batch: int = 64
+    lr: float = 4e-3
+    weight_decay: float = 0.02
+    seed: int = 0
+    bf16: bool = True
+
+
 NANO: dict[str, Any] = {"tokens": 4096, "optimizer": "muon", "bf16": True, "warmup": 10}
 RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
         "language": Recipe(steps=250, lr=3e-3, lr_final=1e-3, **NANO),
         "pretrain": Recipe(steps=60, lr=5e-3, lr_final=1e-3, **NANO),
-        "finetune": Recipe(steps=480, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
+        "finetune": Recipe(steps=540, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
     },
 }

@@ -78,12 +78,21 @@ def test_a_run_leaves_all_that_it_should(whole, place):
     assert {"rwkv.head.weight", "proj.gate.weight", "rwkv.blocks.3.att.time_faaaa", "rwkv.ln_out.bias"} <= moved
 
 
-@pytest.mark.parametrize("zero", ["0", "2"])
-def test_two_ranks_do_what_one_does_with_accumulation(whole, place, zero):
-    done = train(place, f"two{zero}", "--zero", zero, ranks=2)
+@pytest.fixture(scope="module")
+def whole_adamw(place) -> Path:
+    done = train(place, "adamw", "--accumulate", "2", "--optimizer", "adamw")
     assert done.returncode == 0, done.stderr
-    for name, tensor in weights(place / f"two{zero}").items():
-        torch.testing.assert_close(tensor, weights(whole)[name], rtol=2e-3, atol=2e-4, msg=name)
+    return place / "adamw"
+
+
+@pytest.mark.parametrize(("optimizer", "zero"), [("muon", 0), ("adamw", 0), ("adamw", 1), ("adamw", 2), ("adamw", 3)])
+def test_two_ranks_do_what_one_does_with_accumulation(whole, whole_adamw, place, optimizer, zero):
+    out = f"two-{optimizer}-{zero}"
+    done = train(place, out, "--zero", str(zero), "--optimizer", optimizer, ranks=2)
+    assert done.returncode == 0, done.stderr
+    wanted = weights(whole if optimizer == "muon" else whole_adamw)
+    for name, tensor in weights(place / out).items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=2e-3, atol=2e-4, msg=name)
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(whole, place):

@@ -133,7 +133,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_goes_on_from_its_state(tiny_m
         ({"accumulate": 0}, "accumulate is 0"),
         ({"epochs": 0.0}, "epochs is 0"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; allowed are adamw, muon"),
-        ({"optimizer": "muon", "zero": 2}, "zero must be 0, not 2"),
+        ({"optimizer": "muon", "zero": 2}, "zero is 2; take zero 0 or optimizer adamw"),
         ({"zero": 4}, "zero is 4; allowed are 0, 1, 2, 3"),
         ({"image_position": "left"}, "image_position is 'left'"),
     ],

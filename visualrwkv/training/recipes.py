@@ -51,7 +51,9 @@ class Recipe:
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero is {self.zero}; allowed are 0, 1, 2, 3")
         if self.optimizer == "muon" and self.zero:
-            raise ValueError(f"optimizer muon needs whole matrices on every rank: zero must be 0, not {self.zero}")
+            raise ValueError(
+                f"optimizer muon needs whole matrices on every rank: zero is {self.zero}; take zero 0 or optimizer adamw"
+            )
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=True)
     if not muon:
         return adamw
-    scale = {"params": muon, "lr_scale": recipe.muon_lr / recipe.lr}
+    scale = {"params": muon, "lr_scale": recipe.muon_lr / (recipe.lr or 1.0)}
     return MuonAdamW(torch.optim.Muon([scale], lr=recipe.muon_lr, weight_decay=recipe.weight_decay), adamw)
 
 

@@ -76,3 +76,15 @@ def test_when_one_of_two_fails_the_other_is_ended(home, tmp_path):
         phases("two", "title", slow, script("raise SystemExit(1)"))
     assert phases.seconds["two"] < 20
     assert not (tmp_path / "late").exists()
+
+
+def test_each_phase_keeps_its_own_peak(home):
+    phases = Phases(Options(), {})
+    phases(
+        "big",
+        "title",
+        script("import time; x = bytearray(200 << 20); x[::4096] = bytes(len(x[::4096])); time.sleep(1.5)"),
+    )
+    phases("small", "title", script("import time; time.sleep(1.5)"))
+    assert phases.peaks["big"] > phases.peaks["small"] + (150 << 20)
+    assert Phases(Options(), {}).peaks == phases.peaks

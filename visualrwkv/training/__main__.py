@@ -8,6 +8,7 @@ from pathlib import Path
 
 from visualrwkv.commandline import parse, run
 from visualrwkv.config import RWKV_PRESETS, ModelConfig, preset
+from visualrwkv.training.memory import share_one_heap
 from visualrwkv.training.recipes import RECIPES, Recipe, Stage
 
 
@@ -38,6 +39,7 @@ def main() -> None:
     if not options.data.is_file():
         raise FileNotFoundError(f"{options.data}: there is no such data file")
 
+    share_one_heap()  # before torch starts its threads
     import torch
 
     from visualrwkv.checkpoint import compose, load_model, model_hash

@@ -7,7 +7,6 @@ A run is a directory: the model as soon as it is trained, `recipe.json`, `deepsp
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import json
 import logging
@@ -31,6 +30,7 @@ from visualrwkv.checkpoint import WEIGHTS, save_model
 from visualrwkv.model import VisualRWKV
 from visualrwkv.training.data import Batch, Conversations, Plan, load_batches
 from visualrwkv.training.loss import distinct_rows, packed_loss, wake_head
+from visualrwkv.training.memory import trim_memory
 from visualrwkv.training.optim import freeze, learning_rate, make_optimizer
 from visualrwkv.training.progress import Bar
 from visualrwkv.training.recipes import Recipe, Stage
@@ -203,12 +203,6 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
         shutil.rmtree(checkpoints, ignore_errors=True)
     dist.barrier()
     return True
-
-
-def trim_memory() -> None:
-    """Give freed memory back to the system: rows of ever other lengths leave holes that glibc would keep for good."""
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
 
 
 def gathered(model: nn.Module, zero: int) -> Any:

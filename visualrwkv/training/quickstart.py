@@ -130,7 +130,7 @@ class Phases:
         HOME.mkdir(parents=True, exist_ok=True)
         self.done: list[str] = kept.get("done", [])
         self.seconds: dict[str, float] = kept.get("seconds", {})
-        self.peak: int = kept.get("peak_memory_bytes", 0)
+        self.peaks: dict[str, int] = kept.get("peak_memory_bytes", {})
         self.memory = Memory()
         self.memory.start()
 
@@ -140,17 +140,17 @@ class Phases:
             print(f"── {title}: done before, in {self.seconds[name]:.0f} s", flush=True)
             return
         print(f"── {title}", flush=True)
-        began = time.monotonic()
+        began, self.memory.peak = time.monotonic(), 0
         try:
             finish(lanes)
             self.done.append(name)
         finally:  # what was spent counts, whether or not the phase came to its end
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            self.peaks[name] = max(self.peaks.get(name, 0), self.memory.peak)
             self.save()
 
     def save(self) -> None:
-        self.peak = max(self.peak, self.memory.peak)
-        kept = {"recipe": self.recipe, "done": self.done, "seconds": self.seconds, "peak_memory_bytes": self.peak}
+        kept = {"recipe": self.recipe, "done": self.done, "seconds": self.seconds, "peak_memory_bytes": self.peaks}
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps(kept, indent=2) + "\n")
         part.replace(self.file)
@@ -221,7 +221,7 @@ def report(phase: Phases, scores: Path, recipe: dict[str, Any]) -> None:
     """result.json, the contact sheet, and the line to type next."""
     figures = json.loads((scores / "result.json").read_text())["scores"]["scenes"]
     blind = figures.pop("blind")
-    phase.save()
+    peak = max(phase.peaks.values())
     result = {
         "test": figures["test"]["accuracy"],
         "test_unseen": figures["test_unseen"]["accuracy"],
@@ -229,7 +229,8 @@ def report(phase: Phases, scores: Path, recipe: dict[str, Any]) -> None:
         "per_type": {**figures, "blind": blind["test"], "blind_unseen": blind["test_unseen"]},
         "seconds": sum(phase.seconds.values()),
         "seconds_per_phase": phase.seconds,
-        "peak_memory_bytes": phase.peak,
+        "peak_memory_bytes": peak,
+        "peak_memory_bytes_per_phase": phase.peaks,
         "recipe": recipe,
     }
     part = HOME / ".result.part"
@@ -242,7 +243,7 @@ def report(phase: Phases, scores: Path, recipe: dict[str, Any]) -> None:
         row = [part[kind] for part in (figures["test"], figures["test_unseen"], blind["test"])]
         print(f"{kind:<14}" + "".join(f"{100 * v:>7.1f}%" for v in row))
     print(
-        f"\n{result['seconds']:.0f} s, peak memory {phase.peak / 2**30:.2f} GiB; {HOME / 'result.json'}, {HOME / 'contact_sheet.png'}"
+        f"\n{result['seconds']:.0f} s, peak memory {peak / 2**30:.2f} GiB; {HOME / 'result.json'}, {HOME / 'contact_sheet.png'}"
     )
     picture = HOME / "data/images/test/000000.png"
     print(f"\nAsk it yourself:\n  .venv/bin/visualrwkv chat --model {HOME / 'finetune'} --image {picture}")

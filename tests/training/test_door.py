@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from visualrwkv.checkpoint import load_model, save_model
+from visualrwkv.training.data import Conversations, plan_epoch
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 ROOT = Path(__file__).parents[2]
@@ -35,22 +36,33 @@ def place(tmp_path_factory, tiny_model, picture):
     return folder
 
 
-def command(place: Path, out: str, *options: str, ranks: int = 1) -> list[str]:
-    launch = [sys.executable, "-m"]
-    if ranks > 1:
-        launch = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks), "--module"]
-    files = ["--stage", "finetune", "--model", place / "model", "--data", place / "data.json", "--out", place / out]
-    recipe = ["--tokens", "80", "--steps", "6", "--warmup", "0", "--no-bf16", "--lr", "1e-2", *options]
-    return [*launch, "visualrwkv.training", *map(str, files), *recipe]
+RECIPE = ("--tokens", "80", "--steps", "6", "--warmup", "0", "--no-bf16", "--lr", "1e-2")
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+def command(place: Path, out: str, *options: str, data: str = "data.json") -> list[str]:
+    files = ["--stage", "finetune", "--model", place / "model", "--data", place / data, "--out", place / out]
+    return [sys.executable, "-m", "visualrwkv.training", *map(str, files), *RECIPE, *options]
 
 
-def train(place: Path, out: str, *options: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    told = command(place, out, *options, ranks=ranks)
-    return subprocess.run(told, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+def environment(**more: object) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **{k: str(v) for k, v in more.items()}}
+
+
+def run(told: list[str], **variables: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        told, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def train(place: Path, out: str, *options: str, data: str = "data.json") -> subprocess.CompletedProcess:
+    return run(command(place, out, *options, data=data))
+
+
+def train_on_two(place: Path, out: str, *options: str) -> subprocess.CompletedProcess:
+    """Two ranks, by the script that users call."""
+    files = {"MODEL": place / "model", "DATA": place / "data.json", "OUT": place / out}
+    return run(["bash", "scripts/finetune.sh", *RECIPE, *options], RANKS=2, **files)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -88,7 +100,7 @@ def whole_adamw(place) -> Path:
 @pytest.mark.parametrize(("optimizer", "zero"), [("muon", 0), ("adamw", 0), ("adamw", 1), ("adamw", 2), ("adamw", 3)])
 def test_two_ranks_do_what_one_does_with_accumulation(whole, whole_adamw, place, optimizer, zero):
     out = f"two-{optimizer}-{zero}"
-    done = train(place, out, "--zero", str(zero), "--optimizer", optimizer, ranks=2)
+    done = train_on_two(place, out, "--zero", str(zero), "--optimizer", optimizer)
     assert done.returncode == 0, done.stderr
     wanted = weights(whole if optimizer == "muon" else whole_adamw)
     for name, tensor in weights(place / out).items():
@@ -118,6 +130,31 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(whole, place):
     assert rows == list(range(6))
     for name, tensor in weights(place / "halted").items():
         torch.testing.assert_close(tensor, weights(whole)[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_picture_that_breaks_on_the_way_loses_nothing(place, workers):
+    records = json.loads((place / "data.json").read_text())
+    data = Conversations(place / "data.json", place, load_model(place / "model").config)
+    last = plan_epoch(data.lengths, 80, 0, 0)[-1][0]
+    records[last] |= {"image": "broken.png"}
+    records[last]["conversations"][0]["value"] = "<image>\nWhat is it?"
+    (place / "breaks.json").write_text(json.dumps(records))
+    (place / "broken.png").write_bytes((place / "0.png").read_bytes()[:100])
+    out = f"breaks-{workers}"
+    done = train(place, out, "--steps", "0", "--workers", workers, data="breaks.json")
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith(f"error: {place / 'breaks.json'}, record {last} (id {last}): ")
+    )
+    assert "broken.png cannot be read as a picture" in done.stderr
+    assert "Traceback" not in done.stderr
+    kept = int((place / out / "checkpoints/latest").read_text().removeprefix("step-"))
+    shutil.copy(place / "0.png", place / "broken.png")
+    done = train(place, out, "--steps", "0", "--workers", workers, data="breaks.json")
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (place / out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(kept + 1)), "it went on with the last step"
 
 
 @pytest.mark.parametrize(

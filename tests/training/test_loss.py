@@ -1,5 +1,6 @@
 """The loss: a packed row is its samples, each alone, in value and in every gradient."""
 
+import copy
 from copy import deepcopy
 
 import pytest
@@ -154,14 +155,34 @@ def test_equal_rows_of_the_head_may_be_read_as_one():
     assert rows.tolist() == [3, 7, 50, 60, 88, 0]
     labels = torch.tensor(sorted(answers))[torch.randint(3, (40,), generator=g)]
     labels[::4] = IGNORE
+    few, bounds = head[rows].requires_grad_(), torch.tensor([0, 13, 40])
     hidden.requires_grad_(), head.requires_grad_()
-    results = []
-    for given in (None, rows):
-        loss = packed_loss(hidden, head, labels, torch.tensor([0, 13, 40]), given)
-        results.append((loss, *torch.autograd.grad(2 * loss, (hidden, head))))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
-    assert results[0][2][1].abs().max() > 1e-4, "rows that are no answer are pushed away, too"
+    loss = packed_loss(hidden, head, labels, bounds)
+    d_hidden, d_head = torch.autograd.grad(2 * loss, (hidden, head))
+    assert d_head[1].abs().max() > 1e-4, "rows that are no answer are pushed away, too"
+    loss_of_few = packed_loss(hidden, few, labels, bounds, rows, alike=85)
+    torch.testing.assert_close(loss_of_few, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(2 * loss_of_few, (hidden, few)), (d_hidden, d_head[rows]))
     assert distinct_rows(torch.randn(90, 16), answers) is None
+
+
+def test_a_few_trained_rows_stand_for_the_whole_head(model):
+    """One step on the few rows, spread, is one step on all of them."""
+    head, batch = model.rwkv.head.weight, pack(*SAMPLES)
+    with torch.no_grad():
+        head.copy_(head[0].expand_as(head).clone())
+        head[5] += 1
+    answers = set(batch.labels.tolist()) - {IGNORE}
+    whole = copy.deepcopy(model)
+    for net, rows in ((model, distinct_rows(head, answers)), (whole, None)):
+        objective = Objective(net, False, rows)
+        optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
+        objective(batch).backward()
+        optimizer.step()
+        objective.spread()
+    assert len(distinct_rows(head, answers)) < 40
+    for (name, few), (_, all_) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        torch.testing.assert_close(few, all_, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_labels_move_one_place_and_never_across_samples():

@@ -133,8 +133,12 @@ class Conversations(Dataset):
         images = torch.stack(pixels) if pixels else None
         return Batch(torch.tensor(ids), torch.tensor(labels), torch.tensor(bounds), images)
 
-    def __getitem__(self, indices: tuple[int, ...]) -> Batch:  # type: ignore[override]
-        return self.pack(indices)
+    def __getitem__(self, indices: tuple[int, ...]) -> Batch | Exception:  # type: ignore[override]
+        """Pack records; what is wrong with them is returned, for it would lose its words on the way out of a worker."""
+        try:
+            return self.pack(indices)
+        except (ValueError, OSError) as error:
+            return error
 
 
 def plan_epoch(lengths: Sequence[int], budget: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
@@ -199,4 +203,7 @@ class Plan:
 def load_batches(data: Conversations, shares: Sequence[Share], workers: int) -> Iterator[Batch]:
     """The batches of these shares in order, loaded ahead by `workers` processes (0: in this one)."""
     keys: Any = [batch for share in shares for batch in share.batches]
-    return iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=workers))
+    for batch in DataLoader(data, batch_size=None, sampler=keys, num_workers=workers):
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch

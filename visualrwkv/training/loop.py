@@ -48,23 +48,41 @@ class Run:
 
 
 class Objective(nn.Module):
-    """The model and its loss as one module, so that one forward is one training step's."""
+    """The model and its loss as one module, so that one forward is one training step's.
+
+    With `rows` (`distinct_rows`), these rows of the head are trained as a parameter of their own, `few`: gradients and
+    optimizer states of the many that stay alike would cost a quarter of a small model's step. `spread` puts them back.
+    """
 
     def __init__(self, model: VisualRWKV, bf16: bool, rows: Tensor | None = None):
         super().__init__()
         self.model, self.bf16, self.rows = model, bf16, rows
+        head = model.rwkv.head.weight
+        self.few = None if rows is None else nn.Parameter(head.detach()[rows], requires_grad=head.requires_grad)
+        self.alike = 1 if rows is None else len(head) - len(rows) + 1
+        if rows is not None:
+            head.requires_grad_(False)
 
     def forward(self, batch: Batch) -> Tensor:
         """A packed batch -> the sum over its samples of their mean loss."""
         device = self.model.device
         batch = batch.to(device)
+        head = self.model.rwkv.head.weight if self.few is None else self.few
         with torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext():
             hidden, _ = self.model.hidden(batch.ids[None], batch.images, cu_seqlens=batch.cu_seqlens)
-            loss = packed_loss(hidden[0], self.model.rwkv.head.weight, batch.labels, batch.cu_seqlens, self.rows)
+            loss = packed_loss(hidden[0], head, batch.labels, batch.cu_seqlens, self.rows, self.alike)
             if batch.images is None and self.model.proj is not None and self.model.config.vision is not None:
                 # the projector takes part in every batch, else its gradients are missing where others wait for them
                 loss = loss + 0 * self.model.proj(hidden.new_zeros(1, self.model.config.vision.width)).sum()
         return loss
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Write the trained rows into the model's head."""
+        if self.few is not None and self.rows is not None:
+            head = self.model.rwkv.head.weight
+            head.copy_(self.few[-1].expand_as(head))
+            head[self.rows[:-1]] = self.few[:-1]
 
 
 def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
@@ -138,11 +156,12 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
 
     freeze(model, run.stage)
     wake_head(model.rwkv.head.weight, data.answers)
-    rows = distinct_rows(model.rwkv.head.weight, data.answers)
+    about = table(model, run.stage)
+    objective = Objective(model, recipe.bf16, distinct_rows(model.rwkv.head.weight, data.answers))
     settings = deepspeed_config(recipe, world)
     engine, optimizer, _, _ = deepspeed.initialize(
-        model=Objective(model, recipe.bf16, rows),
-        optimizer=make_optimizer(model, recipe),
+        model=objective,
+        optimizer=make_optimizer(objective, recipe),
         config=settings,
         dist_init_required=False,
     )
@@ -153,7 +172,7 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
     log = Log(run.out, start) if chief else None
     if chief:
         (run.out / "deepspeed.json").write_text(json.dumps(settings, indent=2) + "\n")
-        print(table(model, run.stage), file=sys.stderr)
+        print(about, file=sys.stderr)
 
     interrupted = Interrupt(world)
     shares = list(plan.shares(rank, start, total))
@@ -169,7 +188,12 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
             loss = torch.zeros((), device=engine.device)
             tokens = 0
             for _ in share.batches:
-                batch = next(batches)
+                try:
+                    batch = next(batches)
+                except (ValueError, OSError):
+                    if world == 1 and step > start:  # other ranks would wait for each other
+                        keep(engine, checkpoints, step, chief)
+                    raise
                 # DeepSpeed takes the mean over ranks and accumulated batches; the loss is the mean over samples
                 part = engine(batch) / share.samples
                 engine.backward(part * (world * recipe.accumulate))
@@ -180,6 +204,8 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
                 dist.all_reduce(loss)
             if log:
                 seconds = time.monotonic() - began
+                if watch:
+                    objective.spread()
                 seen = watch(step) if watch else {}
                 rate = log.add(step, loss=float(loss), lr=lr, tokens=tokens * world, seconds=seconds, **seen)
                 looked |= {k: f"{v:.2f}" for k, v in seen.items()}
@@ -195,8 +221,9 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
                         f"stopped at step {step + 1} of {total}; the same command goes on from there", file=sys.stderr
                     )
                 return False
-    with gathered(model, recipe.zero):
+    with gathered(objective, recipe.zero):
         if chief:
+            objective.spread()
             save_model(model, run.out)
     if log:
         log.draw(run.stage)

@@ -39,7 +39,8 @@ def distinct_rows(head: Tensor, answers: set[int]) -> Tensor | None:
     """The rows of the head (V, C) that differ from row 0 or that an answer needs, rising, and row 0 for all others.
 
     Rows that begin equal and are never an answer get equal gradients, so they stay equal while they are trained: one of
-    them speaks for all. In a model trained from nothing most rows are such; in a public one few are, then None.
+    them speaks for all, and only these few are trained (`Objective`). In a model trained from nothing most rows are
+    such; in a public one few are, then None.
     """
     distinct = (head.detach() - head.detach()[0]).abs().amax(-1) > 1e-6
     distinct[list(answers)] = True
@@ -59,11 +60,14 @@ def wake_head(head: Tensor, answers: set[int]) -> None:
         )
 
 
-def packed_loss(hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor, rows: Tensor | None = None) -> Tensor:
+def packed_loss(
+    hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor, rows: Tensor | None = None, alike: int = 1
+) -> Tensor:
     """Sum over samples of each sample's mean cross-entropy; divide by the number of samples for the reference's loss.
 
-    hidden (T, C), head (V, C), labels (T,) with −100 where nothing is learned, cu_seqlens (S+1,); rows: the head's
-    `distinct_rows`, which make the same loss and gradients cheaper.
+    hidden (T, C), head (V, C), labels (T,) with −100 where nothing is learned, cu_seqlens (S+1,). With rows (R,), the
+    whole head's `distinct_rows`, `head` holds these alone (R, C); the last stands for `alike` rows and gets the gradient
+    of one of them.
     """
     targets = shift_labels(labels, cu_seqlens)
     weights = sample_weights(targets, cu_seqlens)
@@ -71,24 +75,23 @@ def packed_loss(hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor
     targets, weights = targets[places], weights[places]
     if rows is not None:
         targets = torch.searchsorted(rows[:-1], targets)
-    return LinearCrossEntropy.apply(hidden[places], head, targets, weights, rows)
+    return LinearCrossEntropy.apply(hidden[places], head, targets, weights, alike)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Σ weight · cross-entropy(hidden · headᵀ, target), its gradients made in the same pass over tiles of rows.
 
-    hidden (n, C), head (V, C), targets (n,), weights (n,). With `rows` (R,), targets count in them, and the last of them
-    stands for all rows that are not among the others. Under autocast the products are in its dtype.
+    hidden (n, C), head (R, C), targets (n,), weights (n,); the last row of the head stands for `alike` equal ones. Under
+    autocast the products are in its dtype.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, alike: int) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
-        h, W = hidden.to(dtype), (head if rows is None else head[rows]).to(dtype)
-        others = 1 if rows is None else len(head) - len(rows) + 1  # how many rows the last one stands for
+        h, W = hidden.to(dtype), head.to(dtype)
         d_hidden = torch.empty_like(h)
-        d_W = torch.zeros(W.shape, dtype=torch.float32, device=W.device) if ctx.needs_input_grad[1] else None
+        d_head = torch.zeros(W.shape, dtype=torch.float32, device=W.device) if ctx.needs_input_grad[1] else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         slopes = torch.empty(min(ROWS, len(h)), len(W), dtype=dtype, device=W.device)
         for start in range(0, len(h), ROWS):
@@ -96,7 +99,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             for first in block[::TILE]:
                 part = slice(first, min(first + TILE, block.stop))
                 logits = (h[part] @ W.T).float()  # fp32: a softmax over 65,536 entries
-                logits[:, -1] += math.log(others)
+                logits[:, -1] += math.log(alike)
                 picked, scale = targets[part, None], weights[part, None]
                 top = logits.amax(-1, keepdim=True)
                 at_target = logits.gather(1, picked)
@@ -106,12 +109,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 slopes[first - start : part.stop - start] = probs.mul_(scale / total).scatter_add_(1, picked, -scale)
             slope, part = slopes[: len(block)], slice(start, block.stop)
             d_hidden[part] = slope @ W
-            if d_W is not None:
-                d_W += slope.T @ h[part]
-        if d_W is not None and rows is not None:
-            d_head = (d_W[-1] / others).repeat(len(head), 1)
-            d_W = d_head.index_copy_(0, rows[:-1], d_W[:-1])
-        ctx.save_for_backward(d_hidden.to(hidden.dtype), d_W if d_W is None else d_W.to(head.dtype))
+            if d_head is not None:
+                d_head += slope.T @ h[part]
+        if d_head is not None:
+            d_head[-1] /= alike
+        ctx.save_for_backward(d_hidden.to(hidden.dtype), d_head if d_head is None else d_head.to(head.dtype))
         return loss
 
     @staticmethod

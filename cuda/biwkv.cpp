@@ -7,7 +7,7 @@
 // distance, costs 1e-5 at a thousand tokens, and double's range replaces a running maximum and its exps; decay in all
 // (|w| T) plus the spread of k may come to several hundred.
 //
-// Layout: w, u (C); k, v, y (B, T, C), C in lanes. One piece of work is one picture and eight channels.
+// Layout: w, u (C); k, v, y (B, T, C), C in lanes. One piece of work is one picture and a vector of channels.
 #include <cmath>
 #include <cstdint>
 
@@ -21,12 +21,9 @@ using simd::vecd;
 constexpr int LANES = simd::DOUBLES;
 constexpr int64_t PARALLEL_WORK = 1 << 14;  // elements below which waking a second thread costs more than it saves
 
-typedef float vecf8 __attribute__((vector_size(32)));
-typedef float vecf8_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
-
 // The last channels of a row may be fewer than a vector: lanes past `count` read as zero and are not written.
 inline vecd load(const float* p, int count) {
-    if (count == LANES) return __builtin_convertvector(*reinterpret_cast<const vecf8_anywhere*>(p), vecd);
+    if (count == LANES) return __builtin_convertvector(*reinterpret_cast<const simd::half_vecf_anywhere*>(p), vecd);
     vecd x = {};
     for (int i = 0; i < count; i++) x[i] = p[i];
     return x;
@@ -34,13 +31,13 @@ inline vecd load(const float* p, int count) {
 
 inline void store(float* p, vecd x, int count) {
     if (count == LANES) {
-        *reinterpret_cast<vecf8_anywhere*>(p) = __builtin_convertvector(x, vecf8);
+        *reinterpret_cast<simd::half_vecf_anywhere*>(p) = __builtin_convertvector(x, simd::half_vecf);
     } else {
         for (int i = 0; i < count; i++) p[i] = static_cast<float>(x[i]);
     }
 }
 
-// Eight channels of one picture.
+// A vector of channels of one picture.
 struct Channels {
     int64_t T, C;
     int count;
@@ -154,8 +151,8 @@ void backward(const Channels& ch, BackwardStep* steps, const float* dy, float* d
 
 }  // namespace
 
-extern "C" void visualrwkv_biwkv_forward(int64_t B, int64_t T, int64_t C, const float* w, const float* u,
-                                         const float* k, const float* v, float* y) {
+EXPORT(visualrwkv_biwkv_forward)(int64_t B, int64_t T, int64_t C, const float* w, const float* u, const float* k,
+                                 const float* v, float* y) {
     const int64_t blocks = (C + LANES - 1) / LANES;
 #pragma omp parallel if (B * T * C > PARALLEL_WORK)
     {
@@ -170,9 +167,9 @@ extern "C" void visualrwkv_biwkv_forward(int64_t B, int64_t T, int64_t C, const 
 }
 
 // dw_parts, du_parts: (B, C), one partial gradient per picture, in double.
-extern "C" void visualrwkv_biwkv_backward(int64_t B, int64_t T, int64_t C, const float* w, const float* u,
-                                          const float* k, const float* v, const float* dy, double* dw_parts,
-                                          double* du_parts, float* dk, float* dv) {
+EXPORT(visualrwkv_biwkv_backward)(int64_t B, int64_t T, int64_t C, const float* w, const float* u, const float* k,
+                                  const float* v, const float* dy, double* dw_parts, double* du_parts, float* dk,
+                                  float* dv) {
     const int64_t blocks = (C + LANES - 1) / LANES;
 #pragma omp parallel if (B * T * C > PARALLEL_WORK)
     {

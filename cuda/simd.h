@@ -1,22 +1,52 @@
-// Vectors of one cache line, written with GCC's vector extensions: the compiler maps them to whatever the machine has
-// (one AVX-512 register, two AVX2 registers, four SSE or NEON registers), so there is one source and no intrinsics.
+// Vectors as wide as the machine's registers, written with GCC's vector extensions: one source for AVX-512, AVX, SSE
+// and NEON, and no intrinsics. (GCC 12 makes slow code of vectors wider than a register.)
+//
+// One library serves several instruction sets: each kernel is compiled once per set, with -DISA=avx512 and the like,
+// and exports its functions under names that end so; cpu.cpp says which of them the processor runs. The set is also a
+// namespace around everything inline, or the linker would keep one copy of a function for all. Compiled once, without
+// ISA, the names are the plain ones.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <new>
 
+#ifdef ISA
+#define SIMD_JOIN(name, set) name##_##set
+#define SIMD_EXPAND(name, set) SIMD_JOIN(name, set)
+#define EXPORT(name) extern "C" void SIMD_EXPAND(name, ISA)
+#else
+#define ISA plain
+#define EXPORT(name) extern "C" void name
+#endif
+
 namespace simd {
+inline namespace ISA {
 
-constexpr int FLOATS = 16;  // floats in a vector
-constexpr int DOUBLES = 8;  // doubles in a vector
+#if defined(__AVX512F__)
+#define SIMD_BYTES 64
+constexpr int REGISTERS = 32;
+#elif defined(__AVX__)
+#define SIMD_BYTES 32
+constexpr int REGISTERS = 16;
+#elif defined(__aarch64__)
+#define SIMD_BYTES 16
+constexpr int REGISTERS = 32;
+#else
+#define SIMD_BYTES 16
+constexpr int REGISTERS = 16;
+#endif
+constexpr int FLOATS = SIMD_BYTES / 4;   // floats in a vector
+constexpr int DOUBLES = SIMD_BYTES / 8;  // doubles in a vector
 
-typedef float vecf __attribute__((vector_size(64)));
-typedef int32_t veci __attribute__((vector_size(64)));
-typedef double vecd __attribute__((vector_size(64)));
-typedef int64_t vecl __attribute__((vector_size(64)));
+typedef float vecf __attribute__((vector_size(SIMD_BYTES)));
+typedef int32_t veci __attribute__((vector_size(SIMD_BYTES)));
+typedef double vecd __attribute__((vector_size(SIMD_BYTES)));
+typedef int64_t vecl __attribute__((vector_size(SIMD_BYTES)));
+typedef float half_vecf __attribute__((vector_size(SIMD_BYTES / 2)));  // as many floats as vecd has doubles
 
-typedef float vecf_anywhere __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float vecf_anywhere __attribute__((vector_size(SIMD_BYTES), aligned(4), may_alias));
+typedef float half_vecf_anywhere __attribute__((vector_size(SIMD_BYTES / 2), aligned(4), may_alias));
 
 inline vecf load(const float* p) { return *reinterpret_cast<const vecf_anywhere*>(p); }
 inline void store(float* p, vecf x) { *reinterpret_cast<vecf_anywhere*>(p) = x; }
@@ -103,4 +133,5 @@ class Scratch {
     size_t size_ = 0;
 };
 
+}  // namespace ISA
 }  // namespace simd

@@ -15,36 +15,28 @@
 #include <cstring>
 
 #include "simd.h"
+#include "tiles.h"
 
 namespace {
 
 using simd::Scratch;
 using simd::vecf;
+using tiles::Direction;
+using tiles::dot;
+using tiles::LANES;
+using tiles::pack;
+using tiles::pack_decay;
+using tiles::Sequences;
+using tiles::TILE;
+using tiles::transpose;
+using tiles::unpack;
 
-constexpr int LANES = simd::FLOATS;
-constexpr int64_t TILE = 64;               // steps whose inputs are packed side by side and scanned together
-constexpr int64_t PARALLEL_WORK = 1 << 16;  // state elements touched below which waking a second thread costs more
+constexpr int BLOCK = simd::REGISTERS / 2;  // vectors of a matrix that stay in registers, the rest are operands
 constexpr float DEAD = -17.0f;  // log decay below which d/dw = g e^g (...) is under fp32's resolution; see backward
 
 enum class Decay { rows, lanes };
-enum class Direction { forwards, backwards };
 
-// Where the sequences lie in the rows: equal lengths, or offsets (S + 1).
-struct Sequences {
-    int64_t count, length;
-    const int64_t* offsets;
-
-    int64_t begin(int64_t s) const { return offsets ? offsets[s] : s * length; }
-    int64_t end(int64_t s) const { return offsets ? offsets[s + 1] : (s + 1) * length; }
-    int64_t rows() const { return end(count - 1); }
-    int64_t longest() const {
-        int64_t most = 0;
-        for (int64_t s = 0; s < count; s++) most = std::max(most, end(s) - begin(s));
-        return most;
-    }
-};
-
-// The scan over a packed tile of `steps` rows of n floats. ROWS x COLS vectors of `matrix` (n, n) are held in registers.
+// The scan over a packed tile of `steps` rows of n floats. ROWS x COLS vectors of `matrix` (n, n) stay in registers.
 template <int ROWS, int COLS, Decay DECAY>
 inline __attribute__((always_inline)) void scan_blocks(int n, int64_t steps, Direction direction, const float* x,
                                                        const float* w, const float* p, const float* q, float* out,
@@ -84,34 +76,9 @@ inline __attribute__((always_inline)) void scan_blocks(int n, int64_t steps, Dir
 template <int N, Decay DECAY>
 void scan(int n, int64_t steps, Direction direction, const float* x, const float* w, const float* p, const float* q,
           float* out, float* matrix) {
-    constexpr int COLS = N >= 64 ? 4 : N == 32 ? 2 : 1;
-    constexpr int ROWS = 16 / COLS;  // sixteen vectors of state: half of AVX-512's registers, the rest are operands
+    constexpr int COLS = tiles::columns(N, simd::REGISTERS / 8);
+    constexpr int ROWS = BLOCK / COLS;
     scan_blocks<ROWS, COLS, DECAY>(N ? N : n, steps, direction, x, w, p, q, out, matrix);
-}
-
-void pack(int64_t steps, int n, int64_t stride, const float* from, float* to) {
-    for (int64_t t = 0; t < steps; t++) std::memcpy(to + t * n, from + t * stride, n * sizeof(float));
-}
-
-void pack_decay(int64_t steps, int n, int64_t stride, const float* raw, float* log_decay, float* decay) {
-    for (int64_t t = 0; t < steps; t++) {
-        for (int i = 0; i < n; i += LANES) {
-            vecf g = -simd::exp(simd::load(raw + t * stride + i));
-            if (log_decay) simd::store(log_decay + t * n + i, g);
-            simd::store(decay + t * n + i, simd::exp(g));
-        }
-    }
-}
-
-void transpose(int n, const float* from, float* to) {
-    for (int i = 0; i < n; i++)
-        for (int j = 0; j < n; j++) to[j * n + i] = from[i * n + j];
-}
-
-float dot(int n, const float* a, const float* b) {
-    vecf s = {};
-    for (int i = 0; i < n; i += LANES) s += simd::load(a + i) * simd::load(b + i);
-    return simd::sum(s);
 }
 
 float dot(int n, const float* a, const float* b, const float* c) {
@@ -128,7 +95,7 @@ template <int N>
 void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& in, float* y, float* final_state) {
     const int n = N ? N : n_runtime;
     const int64_t stride = heads * n, tile = std::min(TILE, seqs.longest());
-#pragma omp parallel if (seqs.rows() * stride * n > PARALLEL_WORK)
+#pragma omp parallel if (seqs.rows() * stride * n > tiles::PARALLEL_WORK)
     {
         Scratch<float> scratch(5 * tile * n);
         float *r = scratch.data(), *k = r + tile * n, *v = k + tile * n, *w = v + tile * n, *out = w + tile * n;
@@ -149,8 +116,7 @@ void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& 
                     for (int j = 0; j < n; j += LANES) simd::store(out + t * n + j, ruk * simd::load(v + t * n + j));
                 }
                 scan<N, Decay::rows>(n, steps, Direction::forwards, r, w, k, v, out, state);
-                for (int64_t t = 0; t < steps; t++)
-                    std::memcpy(y + at + t * stride, out + t * n, n * sizeof(float));
+                unpack(steps, n, stride, out, y + at);
             }
         }
     }
@@ -174,7 +140,7 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
               const float* dfinal, const Gradients& grad) {
     const int n = N ? N : n_runtime;
     const int64_t stride = heads * n, tile = std::min(TILE, seqs.longest());
-#pragma omp parallel if (seqs.rows() * stride * n > PARALLEL_WORK)
+#pragma omp parallel if (seqs.rows() * stride * n > tiles::PARALLEL_WORK)
     {
         Scratch<float> scratch(10 * tile * n + 2 * n * n), checkpoints;
         float *r = scratch.data(), *k = r + tile * n, *v = k + tile * n, *w = v + tile * n, *g = w + tile * n;
@@ -183,17 +149,18 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < seqs.count * heads; item++) {
             const int64_t sequence = item / heads, head = item % heads;
-            const int64_t begin = seqs.begin(sequence), end = seqs.end(sequence), tiles = (end - begin + tile - 1) / tile;
+            const int64_t begin = seqs.begin(sequence), end = seqs.end(sequence);
+            const int64_t tiles_here = (end - begin + tile - 1) / tile;
             const float* u = in.u + head * n;
             float* G = grad.state + item * n * n;
             float* du = grad.u + item * n;
-            float* states = checkpoints.reserve(tiles * n * n);  // S^T at the end of each tile
+            float* states = checkpoints.reserve(tiles_here * n * n);  // S^T at the end of each tile
             std::memcpy(G, dfinal + item * n * n, n * n * sizeof(float));
             std::fill(du, du + n, 0.0f);
-            transpose(n, G, G_transposed);
-            transpose(n, in.state + item * n * n, S_transposed);
+            transpose(n, n, G, G_transposed);
+            transpose(n, n, in.state + item * n * n, S_transposed);
 
-            for (int64_t i = 0; i < tiles; i++) {
+            for (int64_t i = 0; i < tiles_here; i++) {
                 const int64_t t0 = begin + i * tile, steps = std::min(tile, end - t0), at = t0 * stride + head * n;
                 pack(steps, n, stride, in.k + at, k);
                 pack(steps, n, stride, in.v + at, v);
@@ -201,12 +168,11 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
                 pack_decay(steps, n, stride, in.w + at, nullptr, w);
                 std::fill(dr, dr + steps * n, 0.0f);
                 scan<N, Decay::lanes>(n, steps, Direction::forwards, dout, w, v, k, dr, S_transposed);
-                for (int64_t t = 0; t < steps; t++)
-                    std::memcpy(grad.r + at + t * stride, dr + t * n, n * sizeof(float));
+                unpack(steps, n, stride, dr, grad.r + at);
                 std::memcpy(states + i * n * n, S_transposed, n * n * sizeof(float));
             }
 
-            for (int64_t i = tiles - 1; i >= 0; i--) {
+            for (int64_t i = tiles_here - 1; i >= 0; i--) {
                 const int64_t t0 = begin + i * tile, steps = std::min(tile, end - t0), at = t0 * stride + head * n;
                 pack(steps, n, stride, in.r + at, r);
                 pack(steps, n, stride, in.k + at, k);
@@ -216,7 +182,7 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
                 const float* S_end = states + i * n * n;
                 for (int c = 0; c < n; c += LANES) {
                     vecf a = {};
-                    for (int j = 0; j < n; j++) a += simd::load(S_end + j * n + c) * simd::load(G_transposed + j * n + c);
+                    for (int j = c; j < c + n * n; j += n) a += simd::load(S_end + j) * simd::load(G_transposed + j);
                     simd::store(A + c, a);
                 }
                 std::fill(dk, dk + steps * n, 0.0f);
@@ -247,10 +213,9 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
 }  // namespace
 
 // offsets: (sequences + 1) row numbers, or null when every sequence has `length` rows. head_size: a multiple of 16.
-extern "C" void visualrwkv_wkv6_forward(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
-                                        int64_t head_size, const float* r, const float* k, const float* v,
-                                        const float* w, const float* u, const float* state, float* y,
-                                        float* final_state) {
+EXPORT(visualrwkv_wkv6_forward)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
+                                int64_t head_size, const float* r, const float* k, const float* v, const float* w,
+                                const float* u, const float* state, float* y, float* final_state) {
     const Sequences seqs{sequences, length, offsets};
     const Inputs in{r, k, v, w, u, state};
     switch (head_size) {
@@ -263,11 +228,10 @@ extern "C" void visualrwkv_wkv6_forward(int64_t sequences, int64_t length, const
 }
 
 // du_parts: (sequences, heads, head_size), one partial gradient of u per sequence.
-extern "C" void visualrwkv_wkv6_backward(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
-                                         int64_t head_size, const float* r, const float* k, const float* v,
-                                         const float* w, const float* u, const float* state, const float* dy,
-                                         const float* dfinal_state, float* dr, float* dk, float* dv, float* dw,
-                                         float* du_parts, float* dstate) {
+EXPORT(visualrwkv_wkv6_backward)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
+                                 int64_t head_size, const float* r, const float* k, const float* v, const float* w,
+                                 const float* u, const float* state, const float* dy, const float* dfinal_state,
+                                 float* dr, float* dk, float* dv, float* dw, float* du_parts, float* dstate) {
     const Sequences seqs{sequences, length, offsets};
     const Inputs in{r, k, v, w, u, state};
     const Gradients grad{dr, dk, dv, dw, du_parts, dstate};

@@ -32,6 +32,11 @@ class Compose:
     preset: str = "nano"
 
 
+@dataclass(frozen=True)
+class Info:
+    """Say which compiled kernels are in use."""
+
+
 def chat(args: list[str]) -> None:
     options = parse(Chat, args)
 
@@ -81,14 +86,18 @@ def compose(args: list[str]) -> None:
 
 
 def kernels(args: list[str]) -> None:
-    if args not in (["build"], ["info"]):
+    act, *rest = args or [""]
+    if act not in ("build", "info"):
         raise ValueError(f"visualrwkv kernels takes build or info, got {' '.join(args) or 'nothing'}")
-    from visualrwkv.ops import build, library
+    if act == "build":
+        from visualrwkv.ops.build import main as build
 
-    if args == ["build"]:
-        print(build.build())
+        build(rest)
     else:
-        print(f"{build.library_path()}: {'in use' if library.COMPILED else 'not in use; the torch form runs'}")
+        parse(Info, rest)
+        from visualrwkv.ops.library import describe
+
+        print(*describe(), sep="\n")
 
 
 COMMANDS = {"chat": chat, "compose": compose, "kernels": kernels}

@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from visualrwkv.ops import build as build_module
 from visualrwkv.ops import library
+from visualrwkv.ops.biwkv import bi_wkv_compiled
+from visualrwkv.ops.mix import token_mix_compiled
+from visualrwkv.ops.wkv6 import wkv6_compiled
+from visualrwkv.ops.wkv7 import wkv7_compiled
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the kernels with")
@@ -20,7 +25,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ 
 def library_file():
     """The built library of this machine."""
     path = library.library_path()
-    return path if path.exists() else build_module.build()
+    return path if path.exists() else build_module.build("none")[0]
 
 
 def python(code, **environment):
@@ -47,23 +52,40 @@ with Watch():
 """
 
 
-def test_cache_and_hash(monkeypatch, tmp_path):
+def test_the_name_tells_sources_apart(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = library.library_path()
     assert before == library.library_path()
     assert before.parent == tmp_path / "visualrwkv"
-    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DOTHER"))
-    assert library.library_path() != before, "other flags, other library"
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "_processor", lambda: "another machine")
-    assert library.library_path() != before, "another processor, another library"
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library.library_path("cuda") != before
     changed = tmp_path / "wkv6.cpp"
     changed.write_text("// other source")
-    monkeypatch.setattr(library, "sources", lambda: [changed])
-    assert library.library_path() != before, "other sources, another library"
+    monkeypatch.setattr(library, "sources", lambda device: [changed])
+    other = library.library_path()
+    assert other != before, "other sources, another library"
+    changed.write_text("// yet another")
+    assert library.library_path() != other
+
+
+def test_each_library_has_its_sources():
+    cpu, cuda = ({p.name for p in library.sources(device)} for device in ("cpu", "cuda"))
+    assert {"wkv6.cpp", "biwkv.cpp", "simd.h"} <= cpu
+    assert {"library.cu", "gpu.cuh", "emulator.cuh"} <= cuda
+    assert not cpu & cuda
+
+
+def test_a_wheel_brings_its_library_and_a_built_one_comes_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(ROOT / "cuda", tmp_path / "package/_cuda")
+    monkeypatch.setattr(library, "PACKAGE", tmp_path / "package")
+    built = library.library_path()
+    brought = tmp_path / "package/_kernels/cpu.so"
+    brought.parent.mkdir()
+    brought.touch()
+    assert library.library_path() == brought
+    built.parent.mkdir(parents=True)
+    built.touch()
+    assert library.library_path() == built
 
 
 def test_cache_is_in_the_home_without_xdg(monkeypatch, tmp_path):
@@ -75,24 +97,45 @@ def test_cache_is_in_the_home_without_xdg(monkeypatch, tmp_path):
 @needs_compiler
 def test_build_leaves_one_whole_file(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    source = tmp_path / "tiny.cpp"
+    source = tmp_path / "a folder/cpu.cpp"
+    source.parent.mkdir()
     source.write_text('extern "C" void tiny() {}')
     for module in (library, build_module):
-        monkeypatch.setattr(module, "sources", lambda: [source])
-    path = build_module.build()
+        monkeypatch.setattr(module, "sources", lambda device: [source])
+    [path] = build_module.build("none")
     assert path == library.library_path()
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     source.write_text("this is not C++")
-    with pytest.raises(RuntimeError, match=r"could not compile[\s\S]*this is not C|could not compile[\s\S]*error"):
-        build_module.build()
+    with pytest.raises(RuntimeError, match=r"could not be compiled[\s\S]*error"):
+        build_module.build("none")
     assert [p.name for p in path.parent.iterdir()] == [path.name], "a failed build leaves nothing behind"
+    source.write_text('extern "C" void tiny() {}')
+    assert build_module.build("none", tmp_path / "wheel") == [tmp_path / "wheel/cpu.so"]
 
 
-def test_no_compiler_is_one_sentence(monkeypatch, tmp_path):
+def test_no_compiler_is_one_sentence(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build_module, "COMPILER", "no-such-compiler")
     with pytest.raises(RuntimeError, match="need a C\\+\\+ compiler and there is no 'no-such-compiler'"):
         build_module.build()
+    with pytest.raises(SystemExit) as stop:
+        build_module.main(["--cuda", "none"])
+    assert stop.value.code == "error: the kernels need a C++ compiler and there is no 'no-such-compiler' on the PATH"
+
+
+@needs_compiler
+def test_cuda_is_for_those_who_have_its_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build_module, "CUDA_COMPILER", "no-such-nvcc")
+    with pytest.raises(RuntimeError, match="there is no 'no-such-nvcc' on the PATH"):
+        build_module.build("all")
+    monkeypatch.setattr(build_module, "CUDA_COMPILER", "g++")  # there is one: what is asked for is looked at
+    with pytest.raises(
+        ValueError, match="cuda is 'hopper'; allowed are auto, none, all, or architectures such as 80,90"
+    ):
+        build_module.build("hopper")
+    assert build_module._architectures("80,90") == ("80", "90")
+    assert build_module._architectures("none") == ()
 
 
 @needs_compiler
@@ -122,6 +165,69 @@ def test_a_broken_library_is_an_error_that_names_the_remedy(monkeypatch, tmp_pat
     assert fresh.COMPILED is True, "falling back in silence would hide a slow run"
     with pytest.raises(RuntimeError, match=r"do not load.*`visualrwkv kernels build`"):
         fresh.function("visualrwkv_wkv6_forward")
+
+
+def supported() -> list[str]:
+    """The variants of the CPU library that this processor runs."""
+    best = library.variant()
+    every = ["_baseline", "_avx2", "_avx512"]
+    return every[: every.index(best) + 1] if best else [""]
+
+
+@needs_compiler
+def test_every_instruction_set_computes_the_same(library_file, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    r, k, v, w, a, b = (torch.randn(2, 37, 3, 32, generator=g, requires_grad=True) for _ in range(6))
+    u, c, d = torch.randn(3, 32, generator=g), torch.randn(9, generator=g) / 30, torch.randn(9, generator=g)
+    x, y = torch.randn(2, 2, 37, 9, generator=g).unbind(0)
+    calls = {
+        "wkv6": lambda: wkv6_compiled(r, k, v, w, u)[0],
+        "wkv7": lambda: wkv7_compiled(r, w, k, v, a * 0.1, b * 0.1)[0],
+        "bi_wkv": lambda: bi_wkv_compiled(c, d, x, y),
+        "mix": lambda: token_mix_compiled(
+            r[:, :, 0], None, torch.rand(2, 32, generator=torch.Generator().manual_seed(1))
+        ),
+    }
+    variants = supported()
+    assert variants
+    found = {}
+    for variant in variants:
+        monkeypatch.setattr(library, "variant", lambda variant=variant: variant)
+        library.function.cache_clear()
+        for name, call in calls.items():
+            out = call()
+            gradient = torch.autograd.grad(out.square().sum(), r)[0] if name in ("wkv6", "wkv7") else out.detach()
+            found.setdefault(name, []).append((out.detach(), gradient))
+    library.function.cache_clear()
+    for name, results in found.items():
+        for other in results[1:]:
+            for one, first in zip(other, results[0], strict=True):
+                assert (one - first).norm() < 2e-6 * first.norm(), name
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm to look into the library with")
+def test_no_function_is_shared_between_instruction_sets(library_file):
+    """The linker would keep one copy of an inline function for all of them, and a baseline processor might get AVX-512."""
+    symbols = subprocess.run(["nm", "-C", str(library_file)], capture_output=True, text=True, check=True).stdout
+    ours = [line for line in symbols.splitlines() if " W " in line and ("simd" in line or "visualrwkv" in line)]
+    assert ours == []
+
+
+def test_what_runs_here_is_told():
+    with_library = python("from visualrwkv.ops.library import describe; print(*describe(), sep='|')")
+    cpu, cuda = with_library.stdout.strip().split("|")
+    assert cpu.startswith("cpu: ")
+    assert cuda.startswith("cuda: ")
+    without = python("from visualrwkv.ops.library import describe; print(*describe(), sep='|')", VISUALRWKV_KERNELS="0")
+    assert without.stdout.startswith("cpu: the torch form runs")
+
+
+def test_a_kernel_that_cannot_start_says_why(emulated):
+    bounds = torch.zeros(1)
+    emulated.libraries[0].visualrwkv_cuda_refuses = lambda *_: 1
+    with pytest.raises(RuntimeError, match=r"kernel refuses could not start on cpu: invalid argument \(error 1\)"):
+        library.launch("refuses", bounds, 3, 0.5, None)
 
 
 def imported_afresh():

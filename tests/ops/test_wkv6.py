@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from visualrwkv.ops import library, wkv6
+from visualrwkv.ops import library, wkv6, wkv6_step
 from visualrwkv.ops.build import build
-from visualrwkv.ops.wkv6 import wkv6_compiled, wkv6_reference, wkv6_torch
+from visualrwkv.ops.wkv6 import bidirectional_wkv6, wkv6_compiled, wkv6_reference, wkv6_torch
 
 NAMES = ("r", "k", "v", "w", "u", "state")
 FORMS = {"torch": wkv6_torch, "compiled": wkv6_compiled}
@@ -235,13 +235,29 @@ def test_compiled_gradients_are_the_same_every_time(compiled):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_opcheck(compiled):
+@pytest.mark.parametrize("keep", [False, True])
+def test_opcheck(compiled, keep):
     inputs = [x.float().requires_grad_() for x in make(1, 5, 2, 16, sequences=2)]
-    torch.library.opcheck(torch.ops.visualrwkv.wkv6_forward, (*inputs, torch.tensor([0, 2, 5])))
-    torch.library.opcheck(torch.ops.visualrwkv.wkv6_forward, (*inputs[:5], inputs[5][:1], None))
+    torch.library.opcheck(torch.ops.visualrwkv.wkv6_forward, (*inputs, torch.tensor([0, 2, 5]), keep))
+    torch.library.opcheck(torch.ops.visualrwkv.wkv6_forward, (*inputs[:5], inputs[5][:1], None, keep))
     values = [x.detach() for x in inputs]
-    dy, dS = torch.randn_like(values[0]), torch.randn_like(values[5])
-    torch.library.opcheck(torch.ops.visualrwkv.wkv6_backward, (*values, torch.tensor([0, 2, 5]), dy, dS))
+    dy, dS, states = torch.randn_like(values[0]), torch.randn_like(values[5]), values[5].new_empty(0)
+    for dS_or_none in (dS, None):
+        arguments = (*values, torch.tensor([0, 2, 5]), states, dy, dS_or_none)
+        torch.library.opcheck(torch.ops.visualrwkv.wkv6_backward, arguments)
+
+
+def test_gradient_through_one_output(form):
+    """The output alone, or the final state alone: the other one's gradient is then not zeros but absent."""
+    inputs = make(2, 20, 2, 16)
+    for output in (0, 1):
+        gradients = []
+        for dtype, function in ((torch.float32, form), (torch.float64, wkv6_reference)):
+            leaves = [x.to(dtype).requires_grad_() for x in inputs]
+            loss = function(*leaves)[output].square().sum()
+            gradients.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+        for name, found, want in zip(NAMES, *gradients, strict=True):
+            assert_close({f"d{name}": found}, {f"d{name}": want})
 
 
 def test_torch_compile(compiled):
@@ -259,6 +275,18 @@ def test_torch_compile(compiled):
             inductor(*values, torch.tensor([0, 7, 11]))
 
 
+def test_bidirectional():
+    """Against the sum over all pairs of tokens."""
+    r, k, v, w, u, _ = make(2, 9, 2, 5)
+    B, T, H, N = r.shape
+    wanted = torch.zeros(B, T, H, N, dtype=torch.float64)
+    for t, i in np.ndindex(T, T):
+        between = slice(min(t, i) + 1, max(t, i))
+        decay = torch.exp(-torch.exp(w[:, between]).sum(1)) if i != t else u
+        wanted[:, t] += (r[:, t] * decay * k[:, i]).sum(-1, keepdim=True) * v[:, i]
+    torch.testing.assert_close(bidirectional_wkv6(r, k, v, w, u), wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_public_op_takes_float64_and_any_head_size():
     inputs = make(1, 6, 1, 5)
     y, S = wkv6(*inputs)
@@ -266,6 +294,20 @@ def test_public_op_takes_float64_and_any_head_size():
     torch.testing.assert_close(y, wkv6_reference(*inputs)[0])
     y, _ = wkv6(*(x.float() for x in inputs))
     torch.testing.assert_close(y.double(), wkv6_reference(*inputs)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_step_is_the_op_at_one_step():
+    *rows, u, state = (x.float() for x in make(2, 3, 2, 16))
+    y, S = wkv6(*rows, u, state)
+    before = state.clone()
+    for t in range(3):
+        y_t, new = wkv6_step(*(x[:, t] for x in rows), u, state)
+        assert torch.equal(state, before), "the old state is left as it was"
+        torch.testing.assert_close(y_t, y[:, t])
+        state, before = new, new.clone()
+    torch.testing.assert_close(state, S)
+    with pytest.raises(ValueError, match=r"\(B, H, N\)"):
+        wkv6_step(*rows, u, state)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,9 @@ def test_equal_rows_of_the_head_may_be_read_as_one():
 
 def test_a_few_trained_rows_stand_for_the_whole_head(model):
     """One step on the few rows, spread, is one step on all of them."""
-    head, batch = model.rwkv.head.weight, pack(*SAMPLES)
+    model, batch = copy.deepcopy(model), pack(*SAMPLES)
+    model.zero_grad()
+    head = model.rwkv.head.weight
     with torch.no_grad():
         head.copy_(head[0].expand_as(head).clone())
         head[5] += 1
@@ -182,7 +184,7 @@ def test_a_few_trained_rows_stand_for_the_whole_head(model):
         objective.spread()
     assert len(distinct_rows(head, answers)) < 40
     for (name, few), (_, all_) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
-        torch.testing.assert_close(few, all_, rtol=1e-4, atol=1e-6, msg=name)
+        assert (few - all_).norm() <= 1e-5 * all_.norm(), name
 
 
 def test_labels_move_one_place_and_never_across_samples():

@@ -3,7 +3,7 @@
     y_t = (e^(u + k_t) v_t + sum_{i≠t} e^(k_i - (|t-i|-1) w) v_i) / (e^(u + k_t) + sum_{i≠t} e^(k_i - (|t-i|-1) w))
 
 B batch, T time (image tokens), C channels. w and u are already divided by T; w may be negative.
-Three forms: compiled (cuda/biwkv.cpp), torch (prefix sums), and the reference (all pairs of tokens).
+Three forms: compiled (cuda/biwkv.cpp, cuda/biwkv.cu), torch (prefix sums), and the reference (all pairs of tokens).
 """
 
 from ctypes import c_int64, c_void_p
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visualrwkv.ops import library
 
+CHUNK = 64  # tokens that a block of the CUDA kernels joins: CHUNK in cuda/biwkv.cu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,7 +26,8 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     _check(w, u, k, v)
-    if library.COMPILED and k.is_cpu and not any(x.dtype is torch.float64 for x in (w, u, k, v)):
+    compiled = library.has_cuda() if k.is_cuda else library.COMPILED and k.is_cpu
+    if compiled and not any(x.dtype is torch.float64 for x in (w, u, k, v)):
         return bi_wkv_compiled(w, u, k, v)
     return bi_wkv_torch(w, u, k, v)
 
@@ -69,8 +71,10 @@ def bi_wkv_torch(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def bi_wkv_compiled(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Two scans in C++, on the CPU; shapes as in `bi_wkv`."""
-    return torch.ops.visualrwkv.bi_wkv_forward(w.float(), u.float(), k.float(), v.float()).to(v.dtype)
+    """Two scans in C++ or CUDA; shapes as in `bi_wkv`. The kernels take bf16 k and v as they are, on CUDA alone."""
+    same = k.is_cuda and k.dtype is v.dtype and v.dtype in library.DTYPE_CODES
+    k_, v_ = (k, v) if same else (k.float(), v.float())
+    return torch.ops.visualrwkv.bi_wkv_forward(w.float(), u.float(), k_, v_).to(v.dtype)
 
 
 torch.library.define("visualrwkv::bi_wkv_forward", "(Tensor w, Tensor u, Tensor k, Tensor v) -> Tensor")
@@ -108,6 +112,34 @@ def _(w, u, k, v, dy):
     c_backward = library.function("visualrwkv_biwkv_backward", *(c_int64,) * 3, *(c_void_p,) * 9)
     c_backward(B, T, C, *(x.data_ptr() for x in (w, u, k, v, dy, dw_parts, du_parts, dk, dv)))
     return dw_parts.sum(0).float(), du_parts.sum(0).float(), dk, dv
+
+
+def _forward_cuda(w, u, k, v):
+    w, u, k, v = (x.contiguous() for x in (w, u, k, v))
+    y, (workspace, *_) = torch.empty_like(v), _workspace(k, 1)
+    library.launch("biwkv_forward", library.DTYPE_CODES[v.dtype], *k.shape, w, u, k, v, y, workspace)
+    return y
+
+
+def _backward_cuda(w, u, k, v, dy):
+    w, u, k, v, dy = (x.contiguous() for x in (w, u, k, v, dy))
+    dk, dv, (workspace, *parts) = torch.empty_like(k), torch.empty_like(v), _workspace(k, 2)
+    library.launch("biwkv_backward", library.DTYPE_CODES[v.dtype], *k.shape, w, u, k, v, dy, workspace, *parts, dk, dv)
+    dw, du = (part.sum(0) for part in parts)
+    return dw, du, dk, dv
+
+
+torch.library.impl("visualrwkv::bi_wkv_forward", "CUDA", _forward_cuda)
+torch.library.impl("visualrwkv::bi_wkv_backward", "CUDA", _backward_cuda)
+
+
+def _workspace(k: Tensor, scans: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For every scan 6 numbers per chunk and channel, a sum on both sides of it; and the chunks' partial dw and du."""
+    B, T, C = k.shape
+    chunks = -(-T // CHUNK)
+    workspace = k.new_empty((scans, 2, B, chunks if chunks > 1 else 0, 3, C), dtype=torch.float32)
+    dw_parts, du_parts = k.new_empty((2, B * chunks if scans == 2 else 0, C), dtype=torch.float32)
+    return workspace, dw_parts, du_parts
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,7 +1,8 @@
-"""Finds the compiled kernels: a library with a C interface, so it depends on no version of torch.
+"""Finds the compiled kernels: two libraries, for CPU and CUDA, with C interfaces, so they depend on no version of torch.
 
-The decision is made once, at import: `COMPILED` says whether the ops use the library or their torch form. Importing
-never compiles; `visualrwkv kernels build` does. `VISUALRWKV_KERNELS=0` forces the torch form.
+The decision is made once, at import: `COMPILED` and `CUDA` say whether the ops use a library or their torch form.
+Importing never compiles; `visualrwkv kernels build` does, into the user's cache, and a wheel brings both along.
+`VISUALRWKV_KERNELS=0` forces the torch form.
 """
 
 import ctypes
@@ -11,75 +12,152 @@ import logging
 import os
 import platform
 from pathlib import Path
+from typing import Any, Literal
 
-FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
-    # What -ffast-math would give and NaN and infinity survive.
-    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    "-Wno-psabi",  # vectors wider than the machine's are never passed between functions
-)
+import torch
+from torch import Tensor
+
+PACKAGE = Path(__file__).parents[1]
+Device = Literal["cpu", "cuda"]
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # as cuda/gpu.cuh numbers them
 
 
-def sources() -> list[Path]:
-    """The C++ files, headers included: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).parents[1]
-    for folder in (package.parent / "cuda", package / "_cuda"):
-        found = sorted(p for p in folder.glob("*") if p.suffix in (".cpp", ".h"))
+def sources(device: Device) -> list[Path]:
+    """The files that a library is made from, headers included: beside the package in a checkout, inside it in a wheel."""
+    for folder in (PACKAGE.parent / "cuda", PACKAGE / "_cuda"):
+        files = sorted(folder.glob("*"))
+        endings = (".cpp", ".h") if device == "cpu" else (".cu", ".cuh")
+        found = [p for p in files if p.suffix in endings]
         if found:
             return found
-    raise FileNotFoundError(f"no kernel sources in {package.parent / 'cuda'} or {package / '_cuda'}")
+    raise FileNotFoundError(f"no kernel sources in {PACKAGE.parent / 'cuda'} or {PACKAGE / '_cuda'}")
 
 
-def library_path() -> Path:
-    """Where the library for these sources, flags and this processor belongs, whether or not it is there.
+def library_path(device: Device = "cpu") -> Path:
+    """Where the library for these sources belongs, whether or not it is there: in the cache, or as a wheel brought it.
 
-    The name holds a hash of all three, so a library made from other sources or for another machine is never loaded.
+    The name in the cache holds a hash of the sources, so a library made from others is never loaded.
     """
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for source in sources():
+    digest = hashlib.sha256(platform.machine().encode())
+    for source in (*sources(device), Path(__file__).with_name("build.py")):  # build.py: the flags
         digest.update(source.name.encode() + source.read_bytes())
-    digest.update(_processor().encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "visualrwkv" / f"kernels-{digest.hexdigest()[:16]}.so"
+    built = cache / "visualrwkv" / f"{device}-{digest.hexdigest()[:16]}.so"
+    packaged = PACKAGE / "_kernels" / f"{device}.so"
+    return packaged if packaged.exists() and not built.exists() else built
 
 
-def _processor() -> str:
-    """What `-march=native` depends on: the processor's name and instruction sets."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("model name", "flags", "Features", "isa")
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
+def _found(device: Device) -> bool:
+    return os.environ.get("VISUALRWKV_KERNELS") != "0" and library_path(device).exists()
 
 
-def _compiled() -> bool:
-    if os.environ.get("VISUALRWKV_KERNELS") == "0":
-        return False
-    path = library_path()
-    if not path.exists():
+COMPILED: bool = _found("cpu")
+CUDA: bool = _found("cuda")
+
+
+@functools.cache
+def _say_torch_runs(device: Device) -> None:
+    """One line, once: silence would hide a slow run."""
+    if os.environ.get("VISUALRWKV_KERNELS") != "0":
         logging.getLogger(__name__).warning(
-            "no compiled kernels at %s: the slower torch form runs; make them with `visualrwkv kernels build`", path
+            "no compiled kernels for %s at %s: the slower torch form runs; make them with `visualrwkv kernels build`",
+            {"cpu": "the CPU", "cuda": "CUDA"}[device],
+            library_path(device),
         )
-        return False
-    return True
 
 
-COMPILED: bool = _compiled()
+if not COMPILED:
+    _say_torch_runs("cpu")
+
+
+def has_cuda() -> bool:
+    """Whether CUDA tensors have compiled kernels; asked for the first time without them, says so in the log."""
+    if not CUDA:
+        _say_torch_runs("cuda")
+    return CUDA
+
+
+@functools.cache
+def load(device: Device) -> ctypes.CDLL:
+    """The library. RuntimeError if it is absent or does not load.
+
+    Loading waits for the first use, so that a broken library does not stop the command that replaces it.
+    """
+    try:
+        return ctypes.CDLL(str(library_path(device)))
+    except OSError as error:
+        raise RuntimeError(
+            f"the compiled kernels do not load ({error}); rebuild them with `visualrwkv kernels build`"
+        ) from error
+
+
+@functools.cache
+def variant() -> str:
+    """Which of its instruction sets the CPU library runs here: the ending of its functions' names, "_avx512" …"""
+    choose = load("cpu").visualrwkv_cpu_variant
+    choose.restype = ctypes.c_char_p
+    return choose().decode()
 
 
 @functools.cache
 def function(name: str, *argtypes: type):  # -> a ctypes function returning nothing
-    """The C function `name`. RuntimeError if the library is absent or does not load.
-
-    Loading waits for the first use, so that a broken library does not stop the command that replaces it.
-    """
-    path = library_path()
+    """The C function `name` of the CPU library, for this processor. RuntimeError if it is not there."""
     try:
-        found = getattr(ctypes.CDLL(str(path)), name)
-    except (OSError, AttributeError) as error:
+        found = getattr(load("cpu"), name + variant())
+    except AttributeError as error:
         raise RuntimeError(
             f"the compiled kernels do not load ({error}); rebuild them with `visualrwkv kernels build`"
         ) from error
     found.argtypes, found.restype = argtypes, None
     return found
+
+
+def launch(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call `visualrwkv_cuda_<name>` on the current stream of the tensors' device.
+
+    Tensors (contiguous) become pointers, None a null pointer, int an int64, float a C float. RuntimeError with CUDA's
+    words if a kernel cannot start; what happens inside one shows, as always with CUDA, at a later synchronisation.
+    """
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    words = [_c(a) for a in arguments]
+    call = getattr(load("cuda"), f"visualrwkv_cuda_{name}")
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            status = call(*words, ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream))
+    else:  # the emulated library, which only tests load
+        status = call(*words, ctypes.c_void_p(None))
+    if status:
+        describe = load("cuda").visualrwkv_cuda_error
+        describe.restype = ctypes.c_char_p
+        raise RuntimeError(
+            f"the CUDA kernel {name} could not start on {device}: {describe(status).decode()} (error {status}); if it "
+            "was built for another GPU, `visualrwkv kernels build` makes one for this machine"
+        )
+
+
+def _c(argument: Tensor | int | float | None) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+
+
+def describe() -> list[str]:
+    """What runs here, one line for the CPU and one for CUDA."""
+    lines = []
+    for device, used in (("cpu", COMPILED), ("cuda", CUDA)):
+        path = library_path(device)  # type: ignore[arg-type]
+        if used and device == "cuda":
+            architectures = load("cuda").visualrwkv_cuda_architectures
+            architectures.restype = ctypes.c_char_p
+            lines.append(f"cuda: {path}, for {architectures().decode()}")
+        elif used:
+            lines.append(f"cpu: {path}, {variant().strip('_') or platform.machine()}")
+        else:
+            lines.append(f"{device}: the torch form runs ({'VISUALRWKV_KERNELS=0' if path.exists() else f'no {path}'})")
+    return lines
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks a GPU runs side by side at least; 1 for the emulator."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

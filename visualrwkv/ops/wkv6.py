@@ -3,7 +3,8 @@
     y_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)        S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_t^T
 
 B batch, T time, H heads, N head size, S sequences in a packed row; a state is (B or S, H, N_key, N_value).
-Three forms: compiled (cuda/wkv6.cpp), torch (chunks of matrix products), and the reference (one step at a time).
+Three forms: compiled (cuda/wkv6.cpp, cuda/wkv6.cu), torch (chunks of matrix products), and the reference (one step at a
+time).
 """
 
 from ctypes import c_int64, c_void_p
@@ -14,9 +15,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from visualrwkv.ops import library
+from visualrwkv.ops.sequences import (
+    check,
+    compute_dtype,
+    has_float64,
+    offsets,
+    padded_rows,
+    sequence_starts,
+    zero_state,
+)
 
-CHUNK = 64  # steps the torch form joins by matrix products before it moves the state on
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CHUNK = 64  # steps the torch form joins by matrix products before it moves the state on; the CUDA form keeps its state
 
 
 def wkv6(
@@ -31,12 +40,42 @@ def wkv6(
     cu_seqlens (S + 1,) int32 or int64, rising from 0 to T: the row (B = 1) holds S sequences one after another, the
     recurrence restarts at each, and the states are (S, H, N, N).
 
-    Raises ValueError for shapes, dtypes, devices or cu_seqlens that do not fit together.
+    On CUDA products are taken in bf16 (summed in fp32) if r, k, v, w are all bf16, else with about 16 bits. The kernel
+    there does not wait for the GPU to look at cu_seqlens: wrong ones never reach memory outside the rows, but rows in no
+    sequence are left as they are, unfilled.
+
+    Raises ValueError for shapes, dtypes, devices or (but see above) cu_seqlens that do not fit together.
     """
-    _check(r, k, v, w, u, state, cu_seqlens)
-    if library.COMPILED and r.is_cpu and r.shape[3] % 16 == 0 and not _has_float64(r, k, v, w, u, state):
+    check({"r": r, "k": k, "v": v, "w": w}, state, cu_seqlens, {"u": u})
+    if u.shape != r.shape[2:]:
+        raise ValueError(f"u must be (H, N) = {tuple(r.shape[2:])}, not {tuple(u.shape)}")
+    if _compiled_takes(r.device, r.shape[3]) and not has_float64(r, k, v, w, u, state):
         return wkv6_compiled(r, k, v, w, u, state, cu_seqlens)
     return wkv6_torch(r, k, v, w, u, state, cu_seqlens)
+
+
+def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token: r, k, v, w (B, H, N), u (H, N), state (B, H, N_key, N_value) → y (B, H, N) and a new state; as `wkv6`."""
+    if r.dim() != 3:
+        raise ValueError(f"a step takes one token, r (B, H, N), not {tuple(r.shape)}")
+    r, k, v, w = (x.unsqueeze(1) for x in (r, k, v, w))
+    y, S = wkv6(r, k, v, w, u, state)
+    return y.squeeze(1), S
+
+
+def bidirectional_wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """Every token reads the earlier ones, itself through u, and the later ones; shapes and dtypes as in `wkv6` → y.
+
+        y_t = sum over i < t of (r_t exp(-exp(w_{i+1}) - … - exp(w_{t-1})) k_i) v_i + (r_t u k_t) v_t
+            + sum over i > t of (r_t exp(-exp(w_{t+1}) - … - exp(w_{i-1})) k_i) v_i
+
+    That is `wkv6` plus, reversed in time, `wkv6` without u: the mixer of VRWKV6 (arXiv 2403.02308, released code). Both
+    run at once, as twice the heads.
+    """
+    r, k, v, w = (torch.cat((x, x.flip(1)), 2) for x in (r, k, v, w))  # (B, T, 2 H, N)
+    y, _ = wkv6(r, k, v, w, torch.cat((u, torch.zeros_like(u))))
+    forwards, backwards = y.chunk(2, 2)
+    return forwards + backwards.flip(1)
 
 
 def wkv6_reference(
@@ -44,9 +83,9 @@ def wkv6_reference(
 ) -> tuple[Tensor, Tensor]:
     """The equations, one step after another; shapes as in `wkv6`. For tests."""
     dtype = v.dtype
-    r, k, v, w, u, state = _compute_dtype(r, k, v, w, u, state, cu_seqlens)
+    r, k, v, w, u, state = _in_compute_dtype(r, k, v, w, u, state, cu_seqlens)
     if cu_seqlens is not None:
-        starts = _sequence_starts(cu_seqlens, r.shape[1])
+        starts = sequence_starts(cu_seqlens, r.shape[1])
         rows = [slice(a, b) for a, b in pairwise(starts)]
         parts = [
             wkv6_reference(r[:, s], k[:, s], v[:, s], w[:, s], u, state[i : i + 1])  # each sequence on its own
@@ -73,19 +112,16 @@ def wkv6_torch(
     """
     dtype = v.dtype
     with torch.autocast(r.device.type, enabled=False):  # fp32: a product in bf16 would lose the state
-        r, k, v, w, u, state = _compute_dtype(r, k, v, w, u, state, cu_seqlens)
+        r, k, v, w, u, state = _in_compute_dtype(r, k, v, w, u, state, cu_seqlens)
         # The clamp changes no decay (above 5 it is 0) but keeps 0 * infinity out of the gradient.
         decay = torch.exp(-torch.exp(w.clamp(max=20)))
         if cu_seqlens is None:
             y, S = _chunked(r, k, v, decay, u, state)
             return y.to(dtype), S
-        starts = torch.tensor(_sequence_starts(cu_seqlens, r.shape[1]), device=r.device)
-        steps = torch.arange(int((starts[1:] - starts[:-1]).max()), device=r.device)
-        rows = starts[:-1, None] + steps  # (S, longest)
-        inside = rows < starts[1:, None]
-        rows = rows.clamp(max=r.shape[1] - 1)
-        r, k, v = (torch.where(inside[..., None, None], x[0, rows], 0) for x in (r, k, v))  # (S, longest, H, N)
-        y, S = _chunked(r, k, v, torch.where(inside[..., None, None], decay[0, rows], 1), u, state)
+        rows, inside = padded_rows(cu_seqlens, r.shape[1])
+        filled = inside[..., None, None]
+        r, k, v = (torch.where(filled, x[0, rows], 0) for x in (r, k, v))  # (S, longest, H, N)
+        y, S = _chunked(r, k, v, torch.where(filled, decay[0, rows], 1), u, state)
         return y[inside][None].to(dtype), S
 
 
@@ -133,141 +169,153 @@ def _read(r: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # The compiled form ---------------------------------------------------------------------------------------------------
 
 
+def _compiled_takes(device: torch.device, N: int) -> bool:
+    """Whether a library computes this. N is the head size."""
+    if device.type == "cuda":
+        return N % 16 == 0 and N <= 256 and library.has_cuda()
+    return device.type == "cpu" and N % 16 == 0 and library.COMPILED
+
+
 def wkv6_compiled(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence in C++, on the CPU, for N a multiple of 16; shapes as in `wkv6`."""
-    dtype = v.dtype
-    r, k, v, w, u = r.float(), k.float(), v.float(), w.float(), u.float()  # fp32: the library's only dtype
-    if state is None:
-        sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state = r.new_zeros((sequences, r.shape[2], r.shape[3], r.shape[3]))
-    y, S = torch.ops.visualrwkv.wkv6_forward(r, k, v, w, u, state, cu_seqlens)
-    return y.to(dtype), S
+    """The recurrence in C++ or CUDA, for N a multiple of 16 (CUDA: up to 256); shapes as in `wkv6`."""
+    bf16 = r.is_cuda and all(x.dtype is torch.bfloat16 for x in (r, k, v, w))
+    rows, u = [x.to(torch.bfloat16 if bf16 else torch.float32) for x in (r, k, v, w)], u.float()
+    state = zero_state(r, cu_seqlens) if state is None else state
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, u, state))
+    y, S, _ = torch.ops.visualrwkv.wkv6_forward(*rows, u, state, cu_seqlens, keep)
+    return y.to(v.dtype), S
 
 
+# `keep`: whether a backward pass follows. `states` is what the forward pass saves for it: nothing on the CPU.
 torch.library.define(
     "visualrwkv::wkv6_forward",
-    "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor? cu_seqlens, bool keep)"
+    " -> (Tensor y, Tensor S, Tensor states)",
 )
 torch.library.define(
     "visualrwkv::wkv6_backward",
-    "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor? cu_seqlens, Tensor dy, Tensor dS)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor? cu_seqlens, Tensor states, Tensor dy,"
+    " Tensor? dS) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("visualrwkv::wkv6_forward")
-def _(r, k, v, w, u, state, cu_seqlens):
-    return v.new_empty(v.shape), state.new_empty(state.shape)
+def _(r, k, v, w, u, state, cu_seqlens, keep):
+    return v.new_empty(v.shape), state.new_empty(state.shape), _new_states(state, r, keep and r.device.type == "cuda")
 
 
 @torch.library.register_fake("visualrwkv::wkv6_backward")
-def _(r, k, v, w, u, state, cu_seqlens, dy, dS):
+def _(r, k, v, w, u, state, cu_seqlens, states, dy, dS):
     return tuple(x.new_empty(x.shape) for x in (r, k, v, w, u, state))
 
 
 @torch.library.impl("visualrwkv::wkv6_forward", "CPU")
-def _(r, k, v, w, u, state, cu_seqlens):
-    B, T, H, N = r.shape
-    r, k, v, w, u, state = (x.contiguous() for x in (r, k, v, w, u, state))
-    sequences, offsets = _offsets(cu_seqlens, B, T)
-    y, S = torch.empty_like(v), torch.empty_like(state)
-    c_forward = library.function("visualrwkv_wkv6_forward", *_sizes_and(8))
-    c_forward(
-        *(sequences, T, None if offsets is None else offsets.data_ptr(), H, N),
-        *(r.data_ptr(), k.data_ptr(), v.data_ptr(), w.data_ptr(), u.data_ptr(), state.data_ptr()),
-        *(y.data_ptr(), S.data_ptr()),
-    )
-    return y, S
+def _(r, k, v, w, u, state, cu_seqlens, keep):
+    inputs = [x.contiguous() for x in (r, k, v, w, u, state)]
+    y, S = torch.empty_like(inputs[2]), torch.empty_like(inputs[5])
+    _call("visualrwkv_wkv6_forward", cu_seqlens, *inputs, y, S)
+    return y, S, _new_states(state, r, False)
 
 
 @torch.library.impl("visualrwkv::wkv6_backward", "CPU")
-def _(r, k, v, w, u, state, cu_seqlens, dy, dS):
-    B, T, H, N = r.shape
+def _(r, k, v, w, u, state, cu_seqlens, states, dy, dS):
+    dS = torch.zeros_like(state) if dS is None else dS
     inputs = [x.contiguous() for x in (r, k, v, w, u, state, dy, dS)]
-    sequences, offsets = _offsets(cu_seqlens, B, T)
     dr, dk, dv, dw = (torch.empty_like(x) for x in inputs[:4])
-    du_parts, dstate = u.new_empty((sequences, H, N)), torch.empty_like(inputs[5])
-    c_backward = library.function("visualrwkv_wkv6_backward", *_sizes_and(14))
-    c_backward(
-        *(sequences, T, None if offsets is None else offsets.data_ptr(), H, N),
-        *(x.data_ptr() for x in (*inputs, dr, dk, dv, dw, du_parts, dstate)),
-    )
+    du_parts, dstate = u.new_empty((state.shape[0], *u.shape)), torch.empty_like(inputs[5])
+    _call("visualrwkv_wkv6_backward", cu_seqlens, *inputs, dr, dk, dv, dw, du_parts, dstate)
     return dr, dk, dv, dw, du_parts.sum(0), dstate
 
 
-def _sizes_and(tensors: int) -> tuple[type, ...]:
-    """The C functions' argument types: sequences, length, offsets, heads, head size, and then the tensors."""
-    return (c_int64, c_int64, c_void_p, c_int64, c_int64, *(c_void_p,) * tensors)
+def _call(name: str, cu_seqlens: Tensor | None, r: Tensor, *tensors: Tensor) -> None:
+    """Call a C function: sequences, length, offsets, heads and head size come before the tensors."""
+    B, T, H, N = r.shape
+    sequences, starts = offsets(cu_seqlens, B, T)
+    call = library.function(name, c_int64, c_int64, c_void_p, c_int64, c_int64, *(c_void_p,) * (1 + len(tensors)))
+    call(
+        *(sequences, T, None if starts is None else starts.data_ptr(), H, N),
+        *(x.data_ptr() for x in (r, *tensors)),
+    )
+
+
+def _new_states(state: Tensor, r: Tensor, kept: bool) -> Tensor:
+    """Room for the state at the start of every CHUNK steps of every sequence: (slots, H, N_key, N_value), or nothing."""
+    B, T = r.shape[:2]
+    return state.new_empty((B * T // CHUNK + state.shape[0], *state.shape[1:]) if kept else 0)
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, _ = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[2])
 
 
-def _backward(ctx, dy, dS):
-    return *torch.ops.visualrwkv.wkv6_backward(*ctx.saved_tensors, dy, dS), None
+def _backward(ctx, dy, dS, _):
+    if dy is None:
+        dy = torch.zeros_like(ctx.saved_tensors[2])
+    return *torch.ops.visualrwkv.wkv6_backward(*ctx.saved_tensors, dy, dS), None, None
 
 
 torch.library.register_autograd("visualrwkv::wkv6_forward", _backward, setup_context=_setup_context)
 
 
-# Inputs --------------------------------------------------------------------------------------------------------------
+# On CUDA: r, k, v, w, y and their gradients are all bf16 or all fp32, the rest is fp32 ---------------------------------
 
 
-def _check(r, k, v, w, u, state, cu_seqlens) -> None:
-    shape = r.shape
-    if len(shape) != 4 or k.shape != shape or v.shape != shape or w.shape != shape or 0 in shape:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (r, k, v, w))
-        raise ValueError(f"r, k, v, w must share one shape (B, T, H, N) without a zero, not {shapes}")
-    B, _, H, N = shape
-    if u.shape != (H, N):
-        raise ValueError(f"u must be (H, N) = {(H, N)}, not {tuple(u.shape)}")
-    sequences = B
-    if cu_seqlens is not None:
-        if B != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                "cu_seqlens must be one row of int32 or int64 beside inputs with B = 1, "
-                f"not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} beside B = {B}"
-            )
-        sequences = cu_seqlens.shape[0] - 1
-    if state is not None and state.shape != (sequences, H, N, N):
-        raise ValueError(f"state must be {(sequences, H, N, N)} (sequences, H, N, N), not {tuple(state.shape)}")
-    for name, x in (("r", r), ("k", k), ("v", v), ("w", w), ("u", u), ("state", state), ("cu_seqlens", cu_seqlens)):
-        if x is None:
-            continue
-        if x.device != r.device:
-            raise ValueError(f"all inputs must be on one device, but r is on {r.device} and {name} on {x.device}")
-        if name != "cu_seqlens" and x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be one of {DTYPES}, not {x.dtype}")
-    if state is not None and state.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"state must be torch.float32 (fp64 with fp64 inputs), not {state.dtype}")
+def _forward_cuda(r, k, v, w, u, state, cu_seqlens, keep):
+    r, k, v, w, u, state = map(_aligned, (r, k, v, w, u, state))
+    y, S, states = torch.empty_like(v), torch.empty_like(state), _new_states(state, r, keep)
+    sizes = _cuda_sizes(r, state, cu_seqlens, _splits(r, state))
+    library.launch("wkv6_forward", *sizes, r, k, v, w, u, state, y, S, states if keep else None)
+    return y, S, states
 
 
-def _sequence_starts(cu_seqlens: Tensor, T: int) -> list[int]:
-    """cu_seqlens as a list, after a look at the values: in a wrong one the library would read past the rows."""
-    starts = cu_seqlens.tolist()
-    if len(starts) < 2 or starts[0] != 0 or starts[-1] != T or starts != sorted(set(starts)):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, not {starts}")
-    return starts
+def _backward_cuda(r, k, v, w, u, state, cu_seqlens, states, dy, dS):
+    if states.numel() == 0:
+        raise RuntimeError("wkv6_backward needs the states of a wkv6_forward with keep=True")
+    inputs = [_aligned(x) for x in (r, k, v, w, u, states, dy)]
+    dS = None if dS is None else _aligned(dS)
+    splits = _splits(r, state, least=1 if r.dtype is torch.bfloat16 else 2)
+    # Every split makes its own part of the gradients that sum over values, to be added in one order.
+    parts = r.new_empty((3, splits, *r.shape), dtype=r.dtype if splits == 1 else torch.float32)
+    dv, dstate = v.new_empty(v.shape), state.new_empty(state.shape)
+    du = u.new_empty((splits, state.shape[0], *u.shape))
+    sizes = _cuda_sizes(r, state, cu_seqlens, splits)
+    library.launch("wkv6_backward", *sizes, *inputs, dS, parts[0], parts[1], dv, parts[2], du, dstate)
+    dr, dk, dw = parts[:, 0] if splits == 1 else parts.sum(1).to(r.dtype)
+    return dr, dk, dv, dw, du.sum((0, 1)), dstate
 
 
-def _offsets(cu_seqlens: Tensor | None, B: int, T: int) -> tuple[int, Tensor | None]:
-    """The number of sequences and their checked int64 offsets: what the library wants to know of cu_seqlens."""
-    if cu_seqlens is None:
-        return B, None
-    return len(_sequence_starts(cu_seqlens, T)) - 1, cu_seqlens.long().contiguous()
+torch.library.impl("visualrwkv::wkv6_forward", "CUDA", _forward_cuda)
+torch.library.impl("visualrwkv::wkv6_backward", "CUDA", _backward_cuda)
 
 
-def _has_float64(*tensors: Tensor | None) -> bool:
-    return any(x is not None and x.dtype is torch.float64 for x in tensors)
+def _cuda_sizes(r: Tensor, state: Tensor, cu_seqlens: Tensor | None, splits: int) -> tuple:
+    """What comes before the tensors: dtype, splits, sequences, length, offsets, heads, head size."""
+    _, T, H, N = r.shape
+    starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+    return library.DTYPE_CODES[r.dtype], splits, state.shape[0], T, starts, H, N
 
 
-def _compute_dtype(r, k, v, w, u, state, cu_seqlens) -> tuple[Tensor, ...]:
-    """The inputs in fp32 (fp64 if one of them is), with a state of zeros where there is none."""
-    dtype = torch.float64 if _has_float64(r, k, v, w, u, state) else torch.float32
-    if state is None:
-        sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state = r.new_zeros((sequences, r.shape[2], r.shape[3], r.shape[3]), dtype=dtype)
+def _splits(r: Tensor, state: Tensor, least: int = 1) -> int:
+    """How many blocks share a head, so that each multiprocessor has one; `least` is what the shared memory asks for."""
+    sequences, H, N, _ = state.shape
+    allowed = {32: (1, 2), 64: (1, 2, 4)}.get(N, (1,))
+    wanted = max(least, library.multiprocessors(r.device) / (sequences * H))
+    return next((n for n in allowed if n >= wanted), allowed[-1])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, and where 16 bytes can be read at once."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _in_compute_dtype(r, k, v, w, u, state, cu_seqlens) -> tuple[Tensor, ...]:
+    """The inputs in the dtype of the computation, with a state of zeros where there is none."""
+    dtype = compute_dtype(r, k, v, w, u, state)
+    state = zero_state(r, cu_seqlens) if state is None else state
     return tuple(x.to(dtype) for x in (r, k, v, w, u, state))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from visualrwkv.config import RWKVConfig
 from visualrwkv.ops import wkv6
+from visualrwkv.ops.mix import token_mix
 from visualrwkv.rwkv.state import State
 
 
@@ -23,15 +24,6 @@ class Order:
 
     read: Tensor
     back: Tensor
-
-
-def token_shift(x: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
-    """Each token's predecessor: x (T, C), `last` (S, C) what came before each sequence (None: nothing) -> (T, C)."""
-    before = torch.zeros_like(x)
-    before[1:] = x[:-1]
-    starts = cu_seqlens[:-1]
-    fill = x.new_zeros(len(starts), x.shape[1]) if last is None else last.to(x.dtype)
-    return before.index_copy(0, starts, fill)
 
 
 class TimeMix(nn.Module):
@@ -87,11 +79,11 @@ class TimeMix(nn.Module):
         """x (T, C), last (S, C), wkv (S, H, N, N) -> out (T, C), new wkv."""
         T, C = x.shape
         H, N = self.n_head, self.head_size
-        xx = token_shift(x, cu_seqlens, last) - x
-        p = torch.tanh((x + xx * self.time_maa_x[0]) @ self.time_maa_w1)
+        row = x[None]
+        p = torch.tanh(token_mix(row, last, self.time_maa_x[0], None, cu_seqlens)[0, 0] @ self.time_maa_w1)
         delta = torch.bmm(p.view(T, 5, -1).transpose(0, 1), self.time_maa_w2)  # (5, T, C)
-        maa = torch.cat([self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g])
-        xw, xk, xv, xr, xg = torch.addcmul(x, xx, delta + maa).unbind(0)
+        maa = torch.cat([self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g], 1)[0]
+        xw, xk, xv, xr, xg = token_mix(row, last, maa, delta[:, None], cu_seqlens)[:, 0].unbind(0)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         g = F.silu(self.gate(xg))
         w = self.time_decay[0] + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
@@ -119,9 +111,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
         """x (T, C), last (S, C) -> (T, C)."""
-        xx = token_shift(x, cu_seqlens, last) - x
-        k = torch.relu(self.key(torch.addcmul(x, xx, self.time_maa_k[0]))).square()
-        r = torch.sigmoid(self.receptance(torch.addcmul(x, xx, self.time_maa_r[0])))
+        maa = torch.cat([self.time_maa_k, self.time_maa_r], 1)[0]
+        xk, xr = token_mix(x[None], last, maa, None, cu_seqlens)[:, 0].unbind(0)
+        k = torch.relu(self.key(xk)).square()
+        r = torch.sigmoid(self.receptance(xr))
         return r * self.value(k)
 
 

@@ -73,8 +73,8 @@ class EncoderRecipe:
 NANO: dict[str, Any] = {"tokens": 4096, "optimizer": "muon", "bf16": True, "warmup": 10}
 RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
-        "language": Recipe(steps=250, lr=3e-3, lr_final=1e-3, **NANO),
-        "pretrain": Recipe(steps=60, lr=5e-3, lr_final=1e-3, **NANO),
-        "finetune": Recipe(steps=540, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
+        "language": Recipe(steps=420, lr=3e-3, lr_final=1e-3, **NANO),
+        "pretrain": Recipe(steps=120, lr=5e-3, lr_final=1e-3, **NANO),
+        "finetune": Recipe(steps=600, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
     },
 }

@@ -22,8 +22,9 @@ import measure  # first: it pins threads
 import torch
 from torch import Tensor
 
-from visualrwkv.ops import bi_wkv, library, wkv6, wkv7
+from visualrwkv.ops import bi_wkv, decode, library, token_mix, wkv6, wkv7
 from visualrwkv.ops.biwkv import bi_wkv_torch
+from visualrwkv.ops.mix import token_mix_torch
 from visualrwkv.ops.wkv6 import wkv6_torch
 from visualrwkv.ops.wkv7 import wkv7_torch
 
@@ -117,8 +118,42 @@ def check() -> None:
                 )
                 if not good:
                     failed.append(f"{name} {shape} {dtype}")
+    failed += check_steps()
     if failed:
         raise SystemExit(f"wrong: {', '.join(failed)}")
+
+
+def check_steps() -> list[str]:
+    """The decode kernels and token_mix against their references in float64; names of what is wrong."""
+    failed = []
+
+    def judge(name: str, got: Tensor, true: Tensor, bound: float) -> None:
+        wrong = error(got, true)
+        print(f"{'ok  ' if wrong <= bound else 'FAIL'} {name}: {wrong:.1e}")
+        failed.extend([name] if wrong > bound else [])
+
+    for dtype, bound in ((torch.bfloat16, 5e-3), (torch.float32, 5e-4)):
+        for name in ("wkv6", "wkv7"):
+            flat, (state, weight, bias, g) = step_inputs(name, 3, 5, dtype)
+            twin = [x.double() for x in flat], [x.double() for x in (state, weight, bias, g)]
+            got = getattr(decode, f"{name}_step")(*flat, state, weight, bias, 64e-5, g)
+            out = torch.empty_like(g, dtype=torch.float64)
+            (state64, weight64, bias64, g64) = twin[1]
+            true = getattr(decode, f"{name}_step_reference")(*twin[0], state64, weight64, bias64, 64e-5, g64, out)
+            judge(f"{name} step {str(dtype)[6:]}", got, true, bound)
+            judge(f"{name} step {str(dtype)[6:]}, state", state, state64, bound)
+        x = torch.randn(2, 77, 96, device="cuda").to(dtype)
+        mix, delta = torch.rand(5, 96, device="cuda"), torch.randn(5, 2, 77, 96, device="cuda").to(dtype) * 0.1
+        judge(
+            f"token_mix {str(dtype)[6:]}",
+            token_mix(x, None, mix, delta),
+            token_mix_torch(x.double(), None, mix.double(), delta.double()),
+            bound,
+        )
+        W, row = torch.randn(72, 256, device="cuda").bfloat16(), torch.randn(3, 256, device="cuda").to(dtype)
+        [y] = decode.gemv_step([decode.Product(W, row, "relu_squared")])
+        judge(f"gemv step {str(dtype)[6:]}", y, torch.relu(row.double() @ W.double().T).square(), bound)
+    return failed
 
 
 def touch() -> None:
@@ -133,6 +168,10 @@ def touch() -> None:
                 (y.float().sum() + S.sum()).backward()
         leaves = [x.requires_grad_() for x in picture_inputs(2, 83, 37, dtype)]
         bi_wkv(*leaves).float().sum().backward()
+        x = torch.randn(1, 83, 36, device="cuda", requires_grad=True)
+        token_mix(x.to(dtype), None, torch.rand(3, 36, device="cuda", requires_grad=True)).float().sum().backward()
+    failed = check_steps()
+    assert not failed
     torch.cuda.synchronize()
     print("touched")
 
@@ -294,26 +333,50 @@ def time_pictures(copy: float, dtype: torch.dtype = torch.bfloat16) -> dict[str,
     return figures
 
 
+def graphed(step: Callable[[], object]) -> Callable[[int], object]:
+    """The step as a CUDA graph."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return lambda _: graph.replay()
+
+
+def step_inputs(name: str, B: int, H: int, dtype: torch.dtype, N: int = SIZE) -> tuple[list[Tensor], list[Tensor]]:
+    """What decode.wkv6_step and wkv7_step take: (r, k, v, w, u | r, w, k, v, a, b, bonus), (state, weight, bias, g)."""
+    flat = [x.flatten(0, 1).flatten(1) if x.dim() == 4 else x for x in inputs(name, B, 1, H, dtype, N=N)]
+    if name == "wkv7":
+        flat.append(torch.randn(H, N, device="cuda"))
+    C = H * N
+    weight, bias = torch.ones(C, device="cuda"), torch.zeros(C, device="cuda")
+    return flat, [torch.randn(B, H, N, N, device="cuda"), weight, bias, torch.randn(B, C, device="cuda").to(dtype)]
+
+
 def time_steps(copy: float, dtype: torch.dtype = torch.bfloat16, heads: int = 32) -> dict[str, Any]:
-    """One token for each of B sequences, replayed as a CUDA graph."""
+    """One token for each of B sequences, and the products of one, as CUDA graphs."""
     figures: dict[str, Any] = {}
-    for op in OPS:
+    for name in ("wkv6", "wkv7"):
+        ours, reference = getattr(decode, f"{name}_step"), getattr(decode, f"{name}_step_reference")
         for B in STEPS:
-            given = inputs(op.name, B, 1, heads, dtype)
-            state = torch.zeros(B, heads, SIZE, SIZE, device="cuda")
-
-            def step(op: Op = op, given: list = given, state: Tensor = state) -> None:
-                with torch.no_grad():
-                    op.ours(*given, state=state)
-
-            step()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            bytes_moved = 2 * state.numel() * 4
-            figures[f"{op.name} step, B {B}, H {heads}"] = compare(
-                {"ours": lambda _, graph=graph: graph.replay()}, 1, bytes_moved / copy
-            )
+            flat, (state, weight, bias, g) = step_inputs(name, B, heads, dtype)
+            out = torch.empty_like(g)
+            runs = {
+                n: graphed(lambda run=run: run(*flat, state, weight, bias, 64e-5, g, out))  # noqa: B023
+                for n, run in (("ours", ours), ("torch form", reference))
+            }
+            figures[f"{name} step, B {B}, H {heads}"] = compare(runs, 1, 2 * state.numel() * 4 / copy)
+    C, count, sets = heads * SIZE, 5, 16
+    for B in (1, 8):
+        weights = [[torch.randn(C, C, device="cuda").bfloat16() for _ in range(count)] for _ in range(sets)]
+        x = torch.randn(B, C, device="cuda").bfloat16()
+        out = torch.empty(count * B * C, device="cuda", dtype=torch.bfloat16)
+        runs = {
+            "ours": [graphed(lambda w=w: decode.gemv_step([decode.Product(m, x) for m in w], out)) for w in weights],  # noqa: B023
+            "torch form": [graphed(lambda w=w: [x @ m.T for m in w]) for w in weights],  # noqa: B023
+        }
+        taken = {n: (lambda i, all_=all_: all_[i](i)) for n, all_ in runs.items()}
+        figures[f"gemv step, B {B}, {count} of {C} x {C}"] = compare(taken, sets, count * C * C * 2 / copy)
     return figures
 
 

@@ -187,6 +187,24 @@ def test_a_few_trained_rows_stand_for_the_whole_head(model):
         assert (few - all_).norm() <= 1e-5 * all_.norm(), name
 
 
+def test_the_words_that_occur_stand_for_the_whole_embedding(model):
+    batch = pack(sample(0, ["Red?", "no", "Blue?", "yes"], 0), sample(0, ["Two?", "2"], 0))
+    words = torch.tensor(sorted(set(batch.ids.tolist())))
+    nets = copy.deepcopy(model), copy.deepcopy(model)
+    for net, given in zip(nets, (words, None), strict=True):
+        net.zero_grad()
+        objective = Objective(net, False, None, given)
+        optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
+        objective(batch).backward()
+        optimizer.step()
+        objective.spread()
+    moved = (nets[0].rwkv.emb.weight != model.rwkv.emb.weight).any(1).nonzero()[:, 0]
+    assert set(moved.tolist()) <= set(words.tolist())
+    assert len(moved) > 3
+    for (name, few), (_, all_) in zip(nets[0].named_parameters(), nets[1].named_parameters(), strict=True):
+        assert (few - all_).norm() <= 1e-5 * all_.norm(), name
+
+
 def test_labels_move_one_place_and_never_across_samples():
     labels = torch.tensor([7, 1, 2, 8, 3, 9])
     assert shift_labels(labels, torch.tensor([0, 3, 4, 6])).tolist() == [1, 2, IGNORE, IGNORE, 9, IGNORE]

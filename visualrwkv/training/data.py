@@ -66,10 +66,12 @@ class Conversations(Dataset):
         self.processor = ImageProcessor(model.vision) if model.vision else None
         self.records = read_records(path)
         self.lengths: list[int] = []
+        self.words: set[int] = set()  # every id that occurs
         self.answers: set[int] = set()  # every id that some answer holds
         for index in range(len(self.records)):
             ids, labels = self._encode(index)
             self.lengths.append(len(ids))
+            self.words.update(ids)
             self.answers.update(labels)
         self.answers.discard(IGNORE)
 

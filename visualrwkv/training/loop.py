@@ -50,18 +50,22 @@ class Run:
 class Objective(nn.Module):
     """The model and its loss as one module, so that one forward is one training step's.
 
-    With `rows` (`distinct_rows`), these rows of the head are trained as a parameter of their own, `few`: gradients and
-    optimizer states of the many that stay alike would cost a quarter of a small model's step. `spread` puts them back.
+    With `rows` (`distinct_rows`), these rows of the head are trained as a parameter of their own, `few`, and with `words`
+    (U,), the ids that occur, rising, these rows of the embedding (text alone): gradients and optimizer states of the many
+    others would cost a third of a small model's step. `spread` puts them back.
     """
 
-    def __init__(self, model: VisualRWKV, bf16: bool, rows: Tensor | None = None):
+    def __init__(self, model: VisualRWKV, bf16: bool, rows: Tensor | None = None, words: Tensor | None = None):
         super().__init__()
-        self.model, self.bf16, self.rows = model, bf16, rows
-        head = model.rwkv.head.weight
+        self.model, self.bf16, self.rows, self.words = model, bf16, rows, words
+        head, emb = model.rwkv.head.weight, model.rwkv.emb.weight
         self.few = None if rows is None else nn.Parameter(head.detach()[rows], requires_grad=head.requires_grad)
         self.alike = 1 if rows is None else len(head) - len(rows) + 1
+        self.known = None if words is None else nn.Parameter(emb.detach()[words])
         if rows is not None:
             head.requires_grad_(False)
+        if words is not None:
+            emb.requires_grad_(False)
 
     def forward(self, batch: Batch) -> Tensor:
         """A packed batch -> the sum over its samples of their mean loss."""
@@ -69,8 +73,12 @@ class Objective(nn.Module):
         batch = batch.to(device)
         head = self.model.rwkv.head.weight if self.few is None else self.few
         with torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            hidden, _ = self.model.hidden(batch.ids[None], batch.images, cu_seqlens=batch.cu_seqlens)
-            loss = packed_loss(hidden[0], head, batch.labels, batch.cu_seqlens, self.rows, self.alike)
+            if self.known is None or self.words is None:
+                hidden = self.model.hidden(batch.ids[None], batch.images, cu_seqlens=batch.cu_seqlens)[0][0]
+            else:
+                x = nn.functional.embedding(torch.searchsorted(self.words, batch.ids), self.known)
+                hidden = self.model.rwkv(x, batch.cu_seqlens, None, None)[0]
+            loss = packed_loss(hidden, head, batch.labels, batch.cu_seqlens, self.rows, self.alike)
             if batch.images is None and self.model.proj is not None and self.model.config.vision is not None:
                 # the projector takes part in every batch, else its gradients are missing where others wait for them
                 loss = loss + 0 * self.model.proj(hidden.new_zeros(1, self.model.config.vision.width)).sum()
@@ -78,11 +86,13 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def spread(self) -> None:
-        """Write the trained rows into the model's head."""
+        """Write the trained rows into the model's head and embedding."""
+        head, emb = self.model.rwkv.head.weight, self.model.rwkv.emb.weight
         if self.few is not None and self.rows is not None:
-            head = self.model.rwkv.head.weight
             head.copy_(self.few[-1].expand_as(head))
             head[self.rows[:-1]] = self.few[:-1]
+        if self.known is not None and self.words is not None:
+            emb[self.words] = self.known
 
 
 def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
@@ -157,7 +167,10 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
     freeze(model, run.stage)
     wake_head(model.rwkv.head.weight, data.answers)
     about = table(model, run.stage)
-    objective = Objective(model, recipe.bf16, distinct_rows(model.rwkv.head.weight, data.answers))
+    rows = distinct_rows(model.rwkv.head.weight, data.answers)
+    few_words = run.stage == "language" and len(data.words) < 0.9 * model.config.rwkv.vocab_size
+    words = torch.tensor(sorted(data.words), device=model.device) if few_words else None
+    objective = Objective(model, recipe.bf16, rows, words)
     settings = deepspeed_config(recipe, world)
     engine, optimizer, _, _ = deepspeed.initialize(
         model=objective,

@@ -62,7 +62,7 @@ class EncoderRecipe:
 
     preset: str = "vrwkv_nano"
     image_tokens: int = 16  # the patches are pooled to so many, as the language model will see them
-    steps: int = 880
+    steps: int = 840
     batch: int = 64
     lr: float = 4e-3
     weight_decay: float = 0.02
@@ -73,8 +73,8 @@ class EncoderRecipe:
 NANO: dict[str, Any] = {"tokens": 4096, "optimizer": "muon", "bf16": True, "warmup": 10}
 RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
-        "language": Recipe(steps=420, lr=3e-3, lr_final=1e-3, **NANO),
+        "language": Recipe(steps=320, lr=3e-3, lr_final=1e-3, **NANO),
         "pretrain": Recipe(steps=120, lr=5e-3, lr_final=1e-3, **NANO),
-        "finetune": Recipe(steps=600, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
+        "finetune": Recipe(steps=660, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
     },
 }

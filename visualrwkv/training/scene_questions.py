@@ -3,7 +3,7 @@
 A `dialogue` about a picture never answers itself: it is a list of turns, each of another of seven types. Candidates for
 every type are collected from the facts of the scene; a running tally over many scenes picks the one asked least so far,
 so that types and answers come out even and a guess without the picture stays poor. A `told_dialogue` follows a caption,
-which gives everything away. Everything is deterministic in the given random generator.
+which gives its answers away. Everything is deterministic in the given random generator.
 """
 
 from collections import Counter
@@ -19,6 +19,9 @@ SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
 
 TYPES = ("count", "colour", "shape", "exists", "digit", "position", "larger")
 OPENINGS = (*TYPES, "position")  # it has the most to learn: two axes, asked in two ways
+TOLD = tuple(type for type in TYPES if type not in ("position", "larger"))
+# What is asked of captions. Comparisons are left to pictures: asked in text, too, they hold up all that is learned there.
+
 # The share each outcome should have inside its type. "first" and "second" say where the question mentions the right
 # one of two. `exists` asks for a kind, for a colour, or for both; its last "no" comes with the right kind or the right
 # colour in view, so that neither alone means "yes".
@@ -173,10 +176,10 @@ def sentence(words: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def candidates(scene: Scene, rng: Random, pairs: list[tuple[str, str]], told: bool = False) -> list[Turn]:
+def candidates(scene: Scene, rng: Random, pairs: list[tuple[str, str]]) -> list[Turn]:
     """Every turn that can be asked of `scene` on its own, questions not yet worded.
 
-    `pairs` are the (kind, colour) pairs a question may speak of. With `told`, only questions that the caption answers.
+    `pairs` are the (kind, colour) pairs a question may speak of.
     """
     things, unit = scene.things, scene.size / 64
     kinds, colours = Counter(t.kind for t in things), Counter(t.colour for t in things)
@@ -208,11 +211,8 @@ def candidates(scene: Scene, rng: Random, pairs: list[tuple[str, str]], told: bo
     for i, a in enumerate(things):
         for j, b in enumerate(things[:i]):
             said, names = (*called(scene, a), *called(scene, b)), (the(scene, a), the(scene, b))
-            for apart, relation, superlative, axis in (
-                (a.x - b.x, "left", "leftmost", 1),
-                (a.y - b.y, "above", "highest", 0),
-            ):
-                if abs(apart) < APART * unit or (told and cell(scene, a)[axis] == cell(scene, b)[axis]):
+            for apart, relation, superlative in ((a.x - b.x, "left", "leftmost"), (a.y - b.y, "above", "highest")):
+                if abs(apart) < APART * unit:
                     continue
                 for answer in ("yes", "no"):
                     blanks = names if (apart < 0) == (answer == "yes") else names[::-1]
@@ -220,8 +220,7 @@ def candidates(scene: Scene, rng: Random, pairs: list[tuple[str, str]], told: bo
                 winner, other = (a, b) if apart < 0 else (b, a)
                 turns += pick(scene, winner, other, (i, j), "position", superlative)
             small, large = sorted((a.extent, b.extent))
-            untold = told and is_large(scene, a) == is_large(scene, b)
-            if "digit" in (a.kind, b.kind) or large < RATIO * small or untold:
+            if "digit" in (a.kind, b.kind) or large < RATIO * small:
                 continue
             winner, other = (a, b) if a.extent > b.extent else (b, a)
             turns += pick(scene, winner, other, (i, j), "larger", "larger")
@@ -310,13 +309,13 @@ def dialogue(scene: Scene, rng: Random, tally: Counter, first: str, pairs: list[
 
 
 def told_dialogue(scene: Scene, rng: Random, count: int = 4) -> list[Turn]:
-    """`count` turns that the caption of `scene` answers, each of any type: all is given away already."""
+    """`count` turns that the caption of `scene` answers, each of any of the types `TOLD`: all is given away already."""
     by_type: dict[str, dict[str, list[Turn]]] = {}
-    for turn in candidates(scene, rng, PAIRS, told=True):
+    for turn in candidates(scene, rng, PAIRS):
         by_type.setdefault(turn.type, {}).setdefault(turn.outcome, []).append(turn)
     turns = []
     for _ in range(count):
-        kind = rng.choice([type for type in OPENINGS if type in by_type])
+        kind = rng.choice([type for type in TOLD if type in by_type])
         outcomes = sorted(by_type[kind])
         (outcome,) = rng.choices(outcomes, [OUTCOMES[kind][o] for o in outcomes])
         turns.append(worded(rng.choice(by_type[kind][outcome]), rng))

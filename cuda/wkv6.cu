@@ -27,6 +27,10 @@ namespace {
 
 bool plain_only = false;
 
+static_assert(sizeof(typename Forward<bf16, 64, 64>::Shared) <= 72 * 1024 &&
+                  sizeof(typename Backward<bf16, 64, 64>::Shared) <= 113 * 1024,
+              "three blocks forward, two backward, share the 228 KB of a Hopper multiprocessor");
+
 // Whether the GPU has tensor cores for bf16 and room for this much shared memory.
 bool takes_tiles(size_t shared_bytes) {
 #ifdef CUDA_EMULATED

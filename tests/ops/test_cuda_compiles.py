@@ -9,8 +9,11 @@ import pytest
 from visualrwkv.ops import build, library
 
 SOURCES = [p for p in library.sources("cuda") if p.suffix == ".cu"]
-REGISTERS = 65_536  # of a multiprocessor, which at least one block must fit in
-THREADS = {"default": 256}  # of a block, where a kernel's name says otherwise
+REGISTERS = {  # what a kernel may use, by its file and the beginning of its name; else 255, the most there are
+    ("wkv6", "void (anonymous namespace)::forward_tiles<__nv_bfloat16"): 128,
+    ("mix", ""): 128,
+    ("biwkv", ""): 128,
+}
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile the CUDA kernels with")
 
 
@@ -35,4 +38,6 @@ def test_compiles_without_spills(source, architecture, tmp_path):
     kernels = compiled(source, architecture, tmp_path)
     assert kernels or source.stem == "library"
     assert {name: k for name, k in kernels.items() if k["spilled"]} == {}
-    assert {name: k for name, k in kernels.items() if k["registers"] > 255} == {}
+    for name, kernel in kernels.items():
+        most = [n for (file, start), n in REGISTERS.items() if file == source.stem and name.startswith(start)]
+        assert kernel["registers"] <= min(most, default=255), name

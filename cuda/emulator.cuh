@@ -7,6 +7,7 @@
 // - bytes of global memory moved by gpu.cuh's loads, stores and copies are counted (`visualrwkv_emulator_bytes`).
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -66,20 +67,24 @@ struct Copy {
     int bytes, filled;  // the rest is zero
 };
 
+struct Barrier {
+    int waiting = 0;
+    unsigned generation = 0;
+};
+
 struct Fiber {
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf context;  // where it went on from since: cheaper than swapcontext(), which calls the kernel each time
+    bool started;
+    const Barrier* barrier;  // it waits for the end of this generation
+    unsigned generation;
     std::unique_ptr<char[]> stack;
     bool done;
     std::vector<std::vector<Copy>> groups;  // committed copies that have not arrived
     std::vector<Copy> open;
 };
 
-struct Barrier {
-    int waiting = 0;
-    unsigned generation = 0;
-};
-
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Fiber> fibers(MOST_THREADS);
 inline std::function<void()> kernel;
 inline dim3 block_index, block_size, grid_size;
@@ -89,7 +94,14 @@ inline Barrier block_barrier, warp_barriers[MOST_THREADS / WARP];
 inline uint64_t exchange[MOST_THREADS][8];  // what the threads of a warp show each other
 inline std::vector<char> shared;
 
-inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+// Go on with a fiber until it waits or ends.
+inline void resume(Fiber& fiber) {
+    if (fiber.done || (fiber.barrier && fiber.barrier->generation == fiber.generation)) return;
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.context, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+}
 
 inline void wait(Barrier& barrier, int count) {
     const unsigned generation = barrier.generation;
@@ -99,7 +111,10 @@ inline void wait(Barrier& barrier, int count) {
         progress++;
         return;
     }
-    while (barrier.generation == generation) yield();
+    Fiber& fiber = fibers[current];
+    fiber.barrier = &barrier;
+    fiber.generation = generation;
+    if (!_setjmp(fiber.context)) _longjmp(scheduler, 1);
 }
 
 inline void wait_block() { wait(block_barrier, threads); }
@@ -109,7 +124,7 @@ inline void run_fiber() {
     kernel();
     fibers[current].done = true;
     progress++;
-    swapcontext(&fibers[current].context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
 // Each thread of a warp until it waits; with order 1 or 2, the first or the last warp as far as it gets.
@@ -124,7 +139,7 @@ inline void run_block() {
                 seen = progress;
                 for (int lane = 0; lane < WARP && warp * WARP + lane < threads; lane++) {
                     current = warp * WARP + (order == 2 ? std::min(WARP, threads - warp * WARP) - 1 - lane : lane);
-                    if (!fibers[current].done) swapcontext(&scheduler, &fibers[current].context);
+                    resume(fibers[current]);
                 }
             } while (order != 0 && progress != seen);
         }
@@ -159,11 +174,12 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
                     fiber.done = false;
                     fiber.groups.clear();
                     fiber.open.clear();
-                    getcontext(&fiber.context);
-                    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-                    fiber.context.uc_stack.ss_size = STACK;
-                    fiber.context.uc_link = &scheduler;
-                    makecontext(&fiber.context, run_fiber, 0);
+                    fiber.started = false;
+                    fiber.barrier = nullptr;
+                    getcontext(&fiber.start);
+                    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+                    fiber.start.uc_stack.ss_size = STACK;
+                    makecontext(&fiber.start, run_fiber, 0);
                 }
                 run_block();
             }

@@ -35,4 +35,8 @@ export PATH=$VENV/bin:$PATH
 # How training starts: RANKS processes under DeepSpeed's launcher, by default one for each GPU.
 RANKS=${RANKS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
 LAUNCH=(python -m)
-if (( RANKS > 1 )); then LAUNCH=(deepspeed --num_accelerators "$RANKS" --module); fi
+if (( RANKS > 1 )); then
+    # The port where they meet: a free one, so that two runs on one machine do not.
+    port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+    LAUNCH=(deepspeed --num_accelerators "$RANKS" --master_port "$port" --module)
+fi

@@ -10,7 +10,15 @@ import pytest
 
 from visualrwkv.ops import library
 
-FLAGS = ("-std=c++17", "-O2", "-x", "c++", "-DCUDA_EMULATED", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O2", "-x", "c++", "-DCUDA_EMULATED", "-U_FORTIFY_SOURCE", "-shared", "-fPIC")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """One worker builds the emulated library, and runs what needs it."""
+    for item in items:
+        if "emulated_library" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("emulated"))
 
 
 class Emulated:

@@ -16,6 +16,7 @@ from visualrwkv.checkpoint import load_model, save_model
 from visualrwkv.training.data import Conversations, plan_epoch
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+pytestmark = pytest.mark.xdist_group("training")  # they compare with one run
 ROOT = Path(__file__).parents[2]
 ANSWERS = ("red", "blue", "two", "a cat", "yes", "no", "the left one", "green")
 

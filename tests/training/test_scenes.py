@@ -30,6 +30,8 @@ from visualrwkv.training.scene_questions import (
     gives_away,
 )
 
+pytestmark = pytest.mark.xdist_group("scenes")  # made once
+
 SPLITS = ("train", "val", "test", "test_unseen")
 TYPES = ("count", "colour", "shape", "exists", "digit", "position", "larger")
 KIND, COLOUR = "(circle|square|triangle|star|cross|digit)", "(red|green|blue|yellow|purple|orange|white)"

@@ -36,7 +36,7 @@ export PATH=$VENV/bin:$PATH
 RANKS=${RANKS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
 LAUNCH=(python -m)
 if (( RANKS > 1 )); then
-    # The port where they meet: a free one, so that two runs on one machine do not.
-    port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+    # They meet at a port of their own, below those that the system hands out, so that two runs do not meet.
+    port=${MASTER_PORT:-$((20000 + RANDOM % 12000))}
     LAUNCH=(deepspeed --num_accelerators "$RANKS" --master_port "$port" --module)
 fi

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,15 @@ def test_cuda_is_for_those_who_have_its_compiler(monkeypatch, tmp_path):
         build_module.build("hopper")
     assert build_module._architectures("80,90") == ("80", "90")
     assert build_module._architectures("none") == ()
+
+
+def test_each_gpu_has_its_code_once():
+    every = re.findall(r"arch=compute_(\d+),code=\[(.*?)\]", build_module.cuda_plan(tuple(build_module.GENERATIONS)))
+    codes = [code for _, made in every for code in made.split(",")]
+    assert sorted(codes) == sorted(["compute_80", *(f"sm_{a}" for a in build_module.GENERATIONS)])
+    assert all(int(ptx) <= int(code.split("_")[1]) for ptx, made in every for code in made.split(","))
+    assert "'arch=compute_90,code=[sm_90]'" in build_module.cuda_plan(["90"])
+    assert "'arch=compute_103,code=[sm_103]'" in build_module.cuda_plan(["103"])  # a GPU that is not in the list
 
 
 @needs_compiler

@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from visualrwkv.ops import library, wkv6
-from visualrwkv.ops.wkv6 import CHUNK, _backward_cuda, _compiled_takes, _forward_cuda, _splits, wkv6_reference
+from visualrwkv.ops.sequences import KEPT
+from visualrwkv.ops.wkv6 import _backward_cuda, _compiled_takes, _forward_cuda, _splits, wkv6_reference
 
 NAMES = ("r", "k", "v", "w", "u", "state")
 GRADIENTS = ("dr", "dk", "dv", "dw", "du", "dstate")
@@ -217,7 +218,7 @@ def test_each_byte_moves_once(emulated, dtype):
     _forward_cuda(*values, None, False)
     assert emulated.bytes() <= 1.05 * (5 * row + 2 * state + 4 * H * N)
     _, _, states = _forward_cuda(*values, None, True)
-    kept = T // CHUNK * state
+    kept = T // KEPT * state
     assert emulated.bytes() <= 1.05 * (5 * row + 2 * state + kept + 4 * H * N)
     _backward_cuda(*values, None, states, dy, dS)
     minimum = 9 * row + 2 * state + kept
@@ -237,7 +238,7 @@ def test_states_are_kept_only_on_demand(way):
     assert torch.equal(S, S_kept)
     assert torch.equal(states[0], values[5][0])
     for chunk in (1, 2):
-        rows = [x[:, : chunk * CHUNK].double() for x in values[:4]]
+        rows = [x[:, : chunk * KEPT].double() for x in values[:4]]
         _, wanted = wkv6_reference(*rows, values[4].double(), values[5].double())
         torch.testing.assert_close(states[chunk].double(), wanted[0], rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="keep=True"):
@@ -285,7 +286,7 @@ def test_wrong_offsets_stay_inside(way, starts):
     y, dr, dk, dv, dw = (inner for _, inner in outputs)
     rows = [framed(x)[1] for x in rows]
     S, dstate, du = torch.empty_like(state), torch.empty_like(state), torch.empty(1, 2, H, N)
-    states = torch.zeros(T // CHUNK + 2, H, N, N)
+    states = torch.zeros(T // KEPT + 2, H, N, N)
     sizes = (0, 1, 2, T, torch.tensor(starts), H, N)
     library.launch("wkv6_forward", *sizes, *rows, u, state, y, S, states)
     library.launch("wkv6_backward", *sizes, *rows, u, states, framed(dy)[1], dS, dr, dk, dv, dw, du, dstate)

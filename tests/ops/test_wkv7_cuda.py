@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import logsigmoid, normalize
 
 from visualrwkv.ops import library
-from visualrwkv.ops.wkv7 import KEPT, _backward_cuda, _compiled_takes, _forward_cuda, _splits, wkv7_reference
+from visualrwkv.ops.sequences import KEPT
+from visualrwkv.ops.wkv7 import _backward_cuda, _compiled_takes, _forward_cuda, _splits, wkv7_reference
 
 NAMES = ("r", "w", "k", "v", "a", "b", "state")
 ROWS = ("y", "dr", "dw", "dk", "dv", "da", "db")

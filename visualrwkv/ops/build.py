@@ -35,8 +35,10 @@ VARIANTS = {
 """Instruction sets of a processor and how to compile for them; cuda/cpu.cpp chooses among them. Elsewhere there is one."""
 STATIC = "-static-libstdc++ -static-libgcc -Wl,--exclude-libs,ALL"  # without a compiler its libraries may be missing
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
-ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-"""GPUs that the fat binary holds code for; the last one also as PTX, which the driver compiles for later ones."""
+GENERATIONS = {"75": "75", "80": "80", "86": "80", "89": "80", "90": "90", "100": "90", "120": "80"}
+"""GPUs that the fat binary holds code for, and the PTX that it is made of: the slow half of the work, so it is done once for
+all that gain nothing from their own. That of "80" is also kept, for the driver to compile for later GPUs.
+"""
 
 
 def build(cuda: str = "auto", into: Path | None = None) -> list[Path]:
@@ -63,7 +65,7 @@ def _architectures(cuda: str) -> Sequence[str]:
         raise RuntimeError(f"the CUDA kernels need CUDA's compiler and there is no {CUDA_COMPILER!r} on the PATH")
     if cuda == "auto":
         return local_architectures()
-    wanted = ARCHITECTURES if cuda == "all" else tuple(cuda.split(","))
+    wanted = tuple(GENERATIONS) if cuda == "all" else tuple(cuda.split(","))
     if not all(re.fullmatch(r"\d{2,3}", a) for a in wanted):
         raise ValueError(f"cuda is {cuda!r}; allowed are auto, none, all, or architectures such as 80,90")
     return wanted
@@ -95,9 +97,12 @@ def cpu_plan() -> str:
 
 def cuda_plan(architectures: Sequence[str]) -> str:
     """What ninja is to do for the CUDA library, `library.so`."""
-    targets = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
-    if list(architectures) == list(ARCHITECTURES):
-        targets.append("-gencode arch=compute_{0},code=compute_{0}".format(architectures[-1]))
+    codes: dict[str, list[str]] = {}
+    for a in architectures:
+        codes.setdefault(GENERATIONS.get(a, a), []).append(f"sm_{a}")
+    if set(architectures) == set(GENERATIONS):
+        codes["80"].append("compute_80")
+    targets = [f"-gencode 'arch=compute_{ptx},code=[{','.join(code)}]'" for ptx, code in codes.items()]
     names = ", ".join(f"sm_{a}" for a in architectures)
     edges, objects = [], []
     for source in sources("cuda"):

@@ -1,12 +1,21 @@
-"""What the recurrences over time have in common: checks of their inputs, packed rows, the dtype they compute in.
+"""What the recurrences over time have in common: checks of their inputs, packed rows, the dtype they compute in, and how
+`wkv6` and `wkv7` call the library.
 
 B batch, T time, H heads, N head size, S sequences in a packed row. With cu_seqlens (S + 1,) a row (B = 1) holds S
 sequences one after another; without, every row is a sequence.
 """
 
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+
 import torch
 from torch import Tensor
 
+from visualrwkv.ops import library
+
+KEPT = (
+    64  # steps between the states that the CUDA kernels keep for a backward pass: CHUNK in cuda/wkv6.cu, cuda/wkv7.cu
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -58,6 +67,13 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if has_float64(*tensors) else torch.float32
 
 
+def in_compute_dtype(rows: Sequence[Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """The rows and then the state in the dtype of the computation; without a state, zeros."""
+    dtype = compute_dtype(*rows, state)
+    state = zero_state(rows[0], cu_seqlens) if state is None else state
+    return tuple(x.to(dtype) for x in (*rows, state))
+
+
 def sequence_count(B: int, cu_seqlens: Tensor | None) -> int:
     return B if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
@@ -89,3 +105,46 @@ def padded_rows(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
     steps = torch.arange(int((starts[1:] - starts[:-1]).max()), device=cu_seqlens.device)
     rows = starts[:-1, None] + steps
     return rows.clamp(max=T - 1), rows < starts[1:, None]
+
+
+# How wkv6 and wkv7 call the library -----------------------------------------------------------------------------------
+
+
+def call_cpu(name: str, cu_seqlens: Tensor | None, r: Tensor, *tensors: Tensor) -> None:
+    """Call a C function: sequences, length, offsets, heads and head size come before the tensors."""
+    B, T, H, N = r.shape
+    sequences, starts = offsets(cu_seqlens, B, T)
+    call = library.function(name, c_int64, c_int64, c_void_p, c_int64, c_int64, *(c_void_p,) * (1 + len(tensors)))
+    call(
+        *(sequences, T, None if starts is None else starts.data_ptr(), H, N),
+        *(x.data_ptr() for x in (r, *tensors)),
+    )
+
+
+def launch_cuda(
+    name: str, splits: int, state: Tensor, cu_seqlens: Tensor | None, r: Tensor, *tensors: Tensor | None
+) -> None:
+    """Start a CUDA function: dtype, splits, sequences, length, offsets, heads and head size come before the tensors."""
+    _, T, H, N = r.shape
+    starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+    library.launch(name, library.DTYPE_CODES[r.dtype], splits, state.shape[0], T, starts, H, N, r, *tensors)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous, and where 16 bytes can be read at once."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def new_states(state: Tensor, r: Tensor, kept: bool) -> Tensor:
+    """Room for the state at the start of every KEPT steps of every sequence: (slots, H, N, N), or nothing."""
+    B, T = r.shape[:2]
+    return state.new_empty((B * T // KEPT + state.shape[0], *state.shape[1:]) if kept else 0)
+
+
+def save_for_backward(ctx, inputs, output) -> None:
+    """What the backward pass of a forward op (…, cu_seqlens, keep) → (y, S, states) needs: its tensors and `states`."""
+    *tensors, _ = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[2])

@@ -7,7 +7,6 @@ Three forms: compiled (cuda/wkv6.cpp, cuda/wkv6.cu), torch (chunks of matrix pro
 time).
 """
 
-from ctypes import c_int64, c_void_p
 from itertools import pairwise
 
 import torch
@@ -16,16 +15,20 @@ from torch.nn.functional import pad
 
 from visualrwkv.ops import library
 from visualrwkv.ops.sequences import (
+    aligned,
+    call_cpu,
     check,
-    compute_dtype,
     has_float64,
-    offsets,
+    in_compute_dtype,
+    launch_cuda,
+    new_states,
     padded_rows,
+    save_for_backward,
     sequence_starts,
     zero_state,
 )
 
-CHUNK = 64  # steps the torch form joins by matrix products before it moves the state on; the CUDA form keeps its state
+CHUNK = 64  # steps the torch form joins by matrix products before it moves the state on
 
 
 def wkv6(
@@ -83,7 +86,7 @@ def wkv6_reference(
 ) -> tuple[Tensor, Tensor]:
     """The equations, one step after another; shapes as in `wkv6`. For tests."""
     dtype = v.dtype
-    r, k, v, w, u, state = _in_compute_dtype(r, k, v, w, u, state, cu_seqlens)
+    r, k, v, w, u, state = in_compute_dtype((r, k, v, w, u), state, cu_seqlens)
     if cu_seqlens is not None:
         starts = sequence_starts(cu_seqlens, r.shape[1])
         rows = [slice(a, b) for a, b in pairwise(starts)]
@@ -112,7 +115,7 @@ def wkv6_torch(
     """
     dtype = v.dtype
     with torch.autocast(r.device.type, enabled=False):  # fp32: a product in bf16 would lose the state
-        r, k, v, w, u, state = _in_compute_dtype(r, k, v, w, u, state, cu_seqlens)
+        r, k, v, w, u, state = in_compute_dtype((r, k, v, w, u), state, cu_seqlens)
         # The clamp changes no decay (above 5 it is 0) but keeps 0 * infinity out of the gradient.
         decay = torch.exp(-torch.exp(w.clamp(max=20)))
         if cu_seqlens is None:
@@ -203,7 +206,7 @@ torch.library.define(
 
 @torch.library.register_fake("visualrwkv::wkv6_forward")
 def _(r, k, v, w, u, state, cu_seqlens, keep):
-    return v.new_empty(v.shape), state.new_empty(state.shape), _new_states(state, r, keep and r.device.type == "cuda")
+    return v.new_empty(v.shape), state.new_empty(state.shape), new_states(state, r, keep and r.device.type == "cuda")
 
 
 @torch.library.register_fake("visualrwkv::wkv6_backward")
@@ -215,8 +218,8 @@ def _(r, k, v, w, u, state, cu_seqlens, states, dy, dS):
 def _(r, k, v, w, u, state, cu_seqlens, keep):
     inputs = [x.contiguous() for x in (r, k, v, w, u, state)]
     y, S = torch.empty_like(inputs[2]), torch.empty_like(inputs[5])
-    _call("visualrwkv_wkv6_forward", cu_seqlens, *inputs, y, S)
-    return y, S, _new_states(state, r, False)
+    call_cpu("visualrwkv_wkv6_forward", cu_seqlens, *inputs, y, S)
+    return y, S, new_states(state, r, False)
 
 
 @torch.library.impl("visualrwkv::wkv6_backward", "CPU")
@@ -225,32 +228,8 @@ def _(r, k, v, w, u, state, cu_seqlens, states, dy, dS):
     inputs = [x.contiguous() for x in (r, k, v, w, u, state, dy, dS)]
     dr, dk, dv, dw = (torch.empty_like(x) for x in inputs[:4])
     du_parts, dstate = u.new_empty((state.shape[0], *u.shape)), torch.empty_like(inputs[5])
-    _call("visualrwkv_wkv6_backward", cu_seqlens, *inputs, dr, dk, dv, dw, du_parts, dstate)
+    call_cpu("visualrwkv_wkv6_backward", cu_seqlens, *inputs, dr, dk, dv, dw, du_parts, dstate)
     return dr, dk, dv, dw, du_parts.sum(0), dstate
-
-
-def _call(name: str, cu_seqlens: Tensor | None, r: Tensor, *tensors: Tensor) -> None:
-    """Call a C function: sequences, length, offsets, heads and head size come before the tensors."""
-    B, T, H, N = r.shape
-    sequences, starts = offsets(cu_seqlens, B, T)
-    call = library.function(name, c_int64, c_int64, c_void_p, c_int64, c_int64, *(c_void_p,) * (1 + len(tensors)))
-    call(
-        *(sequences, T, None if starts is None else starts.data_ptr(), H, N),
-        *(x.data_ptr() for x in (r, *tensors)),
-    )
-
-
-def _new_states(state: Tensor, r: Tensor, kept: bool) -> Tensor:
-    """Room for the state at the start of every CHUNK steps of every sequence: (slots, H, N_key, N_value), or nothing."""
-    B, T = r.shape[:2]
-    return state.new_empty((B * T // CHUNK + state.shape[0], *state.shape[1:]) if kept else 0)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, _ = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
 
 
 def _backward(ctx, dy, dS, _):
@@ -259,32 +238,32 @@ def _backward(ctx, dy, dS, _):
     return *torch.ops.visualrwkv.wkv6_backward(*ctx.saved_tensors, dy, dS), None, None
 
 
-torch.library.register_autograd("visualrwkv::wkv6_forward", _backward, setup_context=_setup_context)
+torch.library.register_autograd("visualrwkv::wkv6_forward", _backward, setup_context=save_for_backward)
 
 
 # On CUDA: r, k, v, w, y and their gradients are all bf16 or all fp32, the rest is fp32 ---------------------------------
 
 
 def _forward_cuda(r, k, v, w, u, state, cu_seqlens, keep):
-    r, k, v, w, u, state = map(_aligned, (r, k, v, w, u, state))
-    y, S, states = torch.empty_like(v), torch.empty_like(state), _new_states(state, r, keep)
-    sizes = _cuda_sizes(r, state, cu_seqlens, _splits(r, state))
-    library.launch("wkv6_forward", *sizes, r, k, v, w, u, state, y, S, states if keep else None)
+    r, k, v, w, u, state = map(aligned, (r, k, v, w, u, state))
+    y, S, states = torch.empty_like(v), torch.empty_like(state), new_states(state, r, keep)
+    launch_cuda(
+        "wkv6_forward", _splits(r, state), state, cu_seqlens, r, k, v, w, u, state, y, S, states if keep else None
+    )
     return y, S, states
 
 
 def _backward_cuda(r, k, v, w, u, state, cu_seqlens, states, dy, dS):
     if states.numel() == 0:
         raise RuntimeError("wkv6_backward needs the states of a wkv6_forward with keep=True")
-    inputs = [_aligned(x) for x in (r, k, v, w, u, states, dy)]
-    dS = None if dS is None else _aligned(dS)
+    inputs = [aligned(x) for x in (r, k, v, w, u, states, dy)]
+    dS = None if dS is None else aligned(dS)
     splits = _splits(r, state, least=1 if r.dtype is torch.bfloat16 else 2)
     # Every split makes its own part of the gradients that sum over values, to be added in one order.
     parts = r.new_empty((3, splits, *r.shape), dtype=r.dtype if splits == 1 else torch.float32)
     dv, dstate = v.new_empty(v.shape), state.new_empty(state.shape)
     du = u.new_empty((splits, state.shape[0], *u.shape))
-    sizes = _cuda_sizes(r, state, cu_seqlens, splits)
-    library.launch("wkv6_backward", *sizes, *inputs, dS, parts[0], parts[1], dv, parts[2], du, dstate)
+    launch_cuda("wkv6_backward", splits, state, cu_seqlens, *inputs, dS, parts[0], parts[1], dv, parts[2], du, dstate)
     dr, dk, dw = parts[:, 0] if splits == 1 else parts.sum(1).to(r.dtype)
     return dr, dk, dv, dw, du.sum((0, 1)), dstate
 
@@ -293,29 +272,9 @@ torch.library.impl("visualrwkv::wkv6_forward", "CUDA", _forward_cuda)
 torch.library.impl("visualrwkv::wkv6_backward", "CUDA", _backward_cuda)
 
 
-def _cuda_sizes(r: Tensor, state: Tensor, cu_seqlens: Tensor | None, splits: int) -> tuple:
-    """What comes before the tensors: dtype, splits, sequences, length, offsets, heads, head size."""
-    _, T, H, N = r.shape
-    starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    return library.DTYPE_CODES[r.dtype], splits, state.shape[0], T, starts, H, N
-
-
 def _splits(r: Tensor, state: Tensor, least: int = 1) -> int:
     """How many blocks share a head, so that each multiprocessor has one; `least` is what the shared memory asks for."""
     sequences, H, N, _ = state.shape
     allowed = {32: (1, 2), 64: (1, 2, 4)}.get(N, (1,))
     wanted = max(least, library.multiprocessors(r.device) / (sequences * H))
     return next((n for n in allowed if n >= wanted), allowed[-1])
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, and where 16 bytes can be read at once."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _in_compute_dtype(r, k, v, w, u, state, cu_seqlens) -> tuple[Tensor, ...]:
-    """The inputs in the dtype of the computation, with a state of zeros where there is none."""
-    dtype = compute_dtype(r, k, v, w, u, state)
-    state = zero_state(r, cu_seqlens) if state is None else state
-    return tuple(x.to(dtype) for x in (r, k, v, w, u, state))

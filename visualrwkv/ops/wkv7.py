@@ -7,7 +7,6 @@ B batch, T time, H heads, N head size, S sequences in a packed row; a state is (
 Three forms: compiled (cuda/wkv7.cpp, cuda/wkv7.cu), torch (chunks of matrix products), and the reference (one step at a time).
 """
 
-from ctypes import c_int64, c_void_p
 from itertools import pairwise
 
 import torch
@@ -16,17 +15,20 @@ from torch.nn.functional import pad
 
 from visualrwkv.ops import library
 from visualrwkv.ops.sequences import (
+    aligned,
+    call_cpu,
     check,
-    compute_dtype,
     has_float64,
-    offsets,
+    in_compute_dtype,
+    launch_cuda,
+    new_states,
     padded_rows,
+    save_for_backward,
     sequence_starts,
     zero_state,
 )
 
 CHUNK = 32  # steps the torch form joins by matrix products before it moves the state on
-KEPT = 64  # steps between the states that the CUDA kernels keep for a backward pass, as cuda/wkv7.cu has it
 WHOLE_HEAD = {torch.bfloat16: 112 * 1024, torch.float32: 222 * 1024}
 """Shared memory, in bytes, of the CUDA kernel that takes the gradients of a whole head in one block."""
 
@@ -79,7 +81,7 @@ def wkv7_reference(
 ) -> tuple[Tensor, Tensor]:
     """The equations, one step after another; shapes as in `wkv7`. For tests."""
     dtype = v.dtype
-    r, w, k, v, a, b, S = _in_compute_dtype(r, w, k, v, a, b, state, cu_seqlens)
+    r, w, k, v, a, b, S = in_compute_dtype((r, w, k, v, a, b), state, cu_seqlens)
     if cu_seqlens is not None:
         rows = [slice(start, end) for start, end in pairwise(sequence_starts(cu_seqlens, r.shape[1]))]
         parts = [
@@ -115,7 +117,7 @@ def wkv7_torch(
     """
     dtype = v.dtype
     with torch.autocast(r.device.type, enabled=False):  # fp32: a product in bf16 would lose the state
-        r, w, k, v, a, b, state = _in_compute_dtype(r, w, k, v, a, b, state, cu_seqlens)
+        r, w, k, v, a, b, state = in_compute_dtype((r, w, k, v, a, b), state, cu_seqlens)
         # The clamp changes no decay (above 5 it is 0) but keeps 0 * infinity out of the gradient.
         decay = torch.exp(-torch.exp(w.clamp(max=20)))
         if cu_seqlens is None:
@@ -241,7 +243,7 @@ torch.library.define(
 
 @torch.library.register_fake("visualrwkv::wkv7_forward")
 def _(r, w, k, v, a, b, state, cu_seqlens, keep):
-    return v.new_empty(v.shape), state.new_empty(state.shape), _new_states(state, r, keep and r.device.type == "cuda")
+    return v.new_empty(v.shape), state.new_empty(state.shape), new_states(state, r, keep and r.device.type == "cuda")
 
 
 @torch.library.register_fake("visualrwkv::wkv7_backward")
@@ -253,8 +255,8 @@ def _(r, w, k, v, a, b, state, cu_seqlens, states, dy, dS):
 def _(r, w, k, v, a, b, state, cu_seqlens, keep):
     inputs = [x.contiguous() for x in (r, w, k, v, a, b, state)]
     y, S = torch.empty_like(inputs[3]), torch.empty_like(inputs[6])
-    _call("visualrwkv_wkv7_forward", cu_seqlens, *inputs, y, S)
-    return y, S, _new_states(state, r, False)
+    call_cpu("visualrwkv_wkv7_forward", cu_seqlens, *inputs, y, S)
+    return y, S, new_states(state, r, False)
 
 
 @torch.library.impl("visualrwkv::wkv7_backward", "CPU")
@@ -262,32 +264,8 @@ def _(r, w, k, v, a, b, state, cu_seqlens, states, dy, dS):
     dS = torch.zeros_like(state) if dS is None else dS
     inputs = [x.contiguous() for x in (r, w, k, v, a, b, state, dy, dS)]
     gradients = [torch.empty_like(x) for x in inputs[:7]]
-    _call("visualrwkv_wkv7_backward", cu_seqlens, *inputs, *gradients)
+    call_cpu("visualrwkv_wkv7_backward", cu_seqlens, *inputs, *gradients)
     return tuple(gradients)
-
-
-def _call(name: str, cu_seqlens: Tensor | None, r: Tensor, *tensors: Tensor) -> None:
-    """Call a C function: sequences, length, offsets, heads and head size come before the tensors."""
-    B, T, H, N = r.shape
-    sequences, starts = offsets(cu_seqlens, B, T)
-    call = library.function(name, c_int64, c_int64, c_void_p, c_int64, c_int64, *(c_void_p,) * (1 + len(tensors)))
-    call(
-        *(sequences, T, None if starts is None else starts.data_ptr(), H, N),
-        *(x.data_ptr() for x in (r, *tensors)),
-    )
-
-
-def _new_states(state: Tensor, r: Tensor, kept: bool) -> Tensor:
-    """Room for the state at the start of every KEPT steps of every sequence: (slots, H, N_value, N_key), or nothing."""
-    B, T = r.shape[:2]
-    return state.new_empty((B * T // KEPT + state.shape[0], *state.shape[1:]) if kept else 0)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, _ = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
 
 
 def _backward(ctx, dy, dS, _):
@@ -296,45 +274,36 @@ def _backward(ctx, dy, dS, _):
     return *torch.ops.visualrwkv.wkv7_backward(*ctx.saved_tensors, dy, dS), None, None
 
 
-torch.library.register_autograd("visualrwkv::wkv7_forward", _backward, setup_context=_setup_context)
+torch.library.register_autograd("visualrwkv::wkv7_forward", _backward, setup_context=save_for_backward)
 
 
 # On CUDA: the inputs but the state, y and their gradients are all bf16 or all fp32 -------------------------------------
 
 
 def _forward_cuda(r, w, k, v, a, b, state, cu_seqlens, keep):
-    inputs = [_aligned(x) for x in (r, w, k, v, a, b, state)]
-    y, S, states = v.new_empty(v.shape), state.new_empty(state.shape), _new_states(state, r, keep)
-    sizes = _cuda_sizes(r, state, cu_seqlens, _splits(r, state))
-    library.launch("wkv7_forward", *sizes, *inputs, y, S, states if keep else None)
+    inputs = [aligned(x) for x in (r, w, k, v, a, b, state)]
+    y, S, states = v.new_empty(v.shape), state.new_empty(state.shape), new_states(state, r, keep)
+    launch_cuda("wkv7_forward", _splits(r, state), state, cu_seqlens, *inputs, y, S, states if keep else None)
     return y, S, states
 
 
 def _backward_cuda(r, w, k, v, a, b, state, cu_seqlens, states, dy, dS):
     if states.numel() == 0:
         raise RuntimeError("wkv7_backward needs the states of a wkv7_forward with keep=True")
-    inputs = [_aligned(x) for x in (r, w, k, v, a, b, states, dy)]
+    inputs = [aligned(x) for x in (r, w, k, v, a, b, states, dy)]
     splits = _splits(r, state, least=1 if WHOLE_HEAD[r.dtype] <= _shared_memory(r.device) else 2)
     # Every split makes its own part of the gradients that sum over values, to be added in one order.
     parts = r.new_empty((5, splits, *r.shape), dtype=r.dtype if splits == 1 else torch.float32)
     dr, dw, dk, da, db = parts
     dv, dstate = v.new_empty(v.shape), state.new_empty(state.shape)
-    sizes = _cuda_sizes(r, state, cu_seqlens, splits)
-    dS = None if dS is None else _aligned(dS)
-    library.launch("wkv7_backward", *sizes, *inputs, dS, dr, dw, dk, dv, da, db, dstate)
+    dS = None if dS is None else aligned(dS)
+    launch_cuda("wkv7_backward", splits, state, cu_seqlens, *inputs, dS, dr, dw, dk, dv, da, db, dstate)
     dr, dw, dk, da, db = parts[:, 0] if splits == 1 else parts.sum(1).to(r.dtype)
     return dr, dw, dk, dv, da, db, dstate
 
 
 torch.library.impl("visualrwkv::wkv7_forward", "CUDA", _forward_cuda)
 torch.library.impl("visualrwkv::wkv7_backward", "CUDA", _backward_cuda)
-
-
-def _cuda_sizes(r: Tensor, state: Tensor, cu_seqlens: Tensor | None, splits: int) -> tuple:
-    """What comes before the tensors: dtype, splits, sequences, length, offsets, heads, head size."""
-    _, T, H, N = r.shape
-    starts = None if cu_seqlens is None else cu_seqlens.long().contiguous()
-    return library.DTYPE_CODES[r.dtype], splits, state.shape[0], T, starts, H, N
 
 
 def _splits(r: Tensor, state: Tensor, least: int = 1) -> int:
@@ -349,16 +318,3 @@ def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return max(WHOLE_HEAD.values())
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024  # 1 KiB is the system's
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, and where 16 bytes can be read at once."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _in_compute_dtype(r, w, k, v, a, b, state, cu_seqlens) -> tuple[Tensor, ...]:
-    """The inputs in the dtype of the computation, with a state of zeros where there is none."""
-    dtype = compute_dtype(r, w, k, v, a, b, state)
-    state = zero_state(r, cu_seqlens) if state is None else state
-    return tuple(x.to(dtype) for x in (r, w, k, v, a, b, state))

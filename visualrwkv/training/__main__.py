@@ -36,6 +36,10 @@ def main() -> None:
     recipe = parse(Recipe, [a for a in rest if not a.startswith("--local_rank")], default=defaults)
     if bool(options.model) == bool(options.lm and options.vision):
         raise ValueError("give either a model, or a language model (LM) and a vision encoder (VISION) to compose one")
+    if options.watch and recipe.zero == 3:
+        raise ValueError(
+            "--watch asks one rank's model, and with --zero 3 no rank has a whole one: leave one of them out"
+        )
     if not options.data.is_file():
         raise FileNotFoundError(f"{options.data}: there is no such data file")
 

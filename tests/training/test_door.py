@@ -165,7 +165,7 @@ def test_a_picture_that_breaks_on_the_way_loses_nothing(place, workers):
         (["--lrr", "1"], "--lrr"),
         (["--lr", "fast"], "fast"),
         (["--zero", "7"], "7"),
-        (["--zero", "3", "--watch", "data.json"], "--watch"),
+        (["--zero", "3", "--optimizer", "adamw", "--watch", "data.json"], "--watch"),
     ],
 )
 def test_wrong_settings_are_one_sentence(place, options, words):

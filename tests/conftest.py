@@ -27,12 +27,20 @@ def randomise():
 
 @pytest.fixture(scope="session")
 def tiny_model(randomise):
-    """tiny_model(scan=, projector=, image_tokens=, position=, vocab_size=, vision=): a whole model in eval mode."""
+    """tiny_model(scan=, projector=, image_tokens=, position=, vocab_size=, vision=, version=): a whole model in eval mode."""
 
     def make(
-        scan="bi", projector="gated", image_tokens=16, position="middle", vocab_size=65536, vision=VISION, seed=0
+        scan="bi",
+        projector="gated",
+        image_tokens=16,
+        position="middle",
+        vocab_size=65536,
+        vision=VISION,
+        seed=0,
+        version=6,
     ) -> VisualRWKV:
-        language = RWKVConfig(4, 32, head_size=16, vocab_size=vocab_size, mix_rank=4, decay_rank=4)
+        ranks = {"mix_rank": 4, "decay_rank": 4, "rate_rank": 4, "value_rank": 4, "gate_rank": 4}
+        language = RWKVConfig(4, 32, head_size=16, vocab_size=vocab_size, version=version, **ranks)
         torch.manual_seed(seed)
         return randomise(
             VisualRWKV(ModelConfig(language, vision, projector, image_tokens, scan, position)), seed

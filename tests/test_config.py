@@ -26,7 +26,7 @@ def test_there_and_back_through_json(vision):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: RWKVConfig(2, 32, version=7), "rwkv version is 7"),
+        (lambda: RWKVConfig(2, 64, version=4), "rwkv version is 4; allowed are 6, 7"),
         (lambda: RWKVConfig(0, 64), "n_layer is 0"),
         (lambda: RWKVConfig(2, 96), "n_embd 96 with head_size 64"),
         (lambda: RWKVConfig(2, 32, head_size=8), "head_size 8"),

@@ -42,9 +42,10 @@ def text_ids(*lengths):
 
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("position", IMAGE_POSITIONS)
+@pytest.mark.parametrize("version", [6, 7])
 @torch.no_grad()
-def test_decoding_equals_the_parallel_forward(tiny_model, pixels, position, scan):
-    model = tiny_model(scan=scan, position=position)
+def test_decoding_equals_the_parallel_forward(tiny_model, pixels, position, scan, version):
+    model = tiny_model(scan=scan, position=position, version=version)
     for name, talk in TALKS.items():
         ids = torch.tensor([encode(talk, position)])
         images = pixels(sum(pictures for pictures, _, _ in talk))

@@ -1,7 +1,7 @@
 """Every file format: what is in a file is found out from its keys and shapes, never from its name.
 
 Ours is a directory: `config.json` and `model.safetensors`, enough to rebuild the model. Also opened: a `.safetensors` or
-`.pth` file with the public names of RWKV-6, with or without the `rwkv.` prefix, local or on the Hub.
+`.pth` file with the public names of RWKV-6 or RWKV-7, with or without the `rwkv.` prefix, local or on the Hub.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
         weights = read_tensors(place / WEIGHTS)
     else:
         weights = rename(read_tensors(place), place)
-        config = ModelConfig(infer_rwkv6(weights, place))
+        config = ModelConfig(infer_rwkv(weights, place))
     return build(VisualRWKV, config, weights, place).to(device, DTYPES[dtype]).eval()
 
 
@@ -136,27 +136,40 @@ def rename(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return {f"rwkv.{k}": v for k, v in weights.items()}
 
 
-def infer_rwkv6(weights: Mapping[str, Tensor], path: Path) -> RWKVConfig:
-    """All sizes of an RWKV-6 from the shapes of its tensors."""
+def infer_rwkv(weights: dict[str, Tensor], path: Path) -> RWKVConfig:
+    """Version and all sizes of a language model from the names and shapes of its tensors.
+
+    Some RWKV-7 files hold v0, v1 and v2 of the first layer, which nothing reads: they are taken out of `weights`.
+    """
     first = "rwkv.blocks.0."
+    version = 7 if f"{first}att.r_k" in weights else 6
+    if version == 7:
+        for name in ("v0", "v1", "v2"):
+            weights.pop(f"{first}att.{name}", None)
     try:
         vocab_size, n_embd = weights["rwkv.emb.weight"].shape
-        n_head, head_size = weights[f"{first}att.time_faaaa"].shape
+        n_head, head_size = weights[f"{first}att.{'r_k' if version == 7 else 'time_faaaa'}"].shape
         layers = {int(k.split(".")[2]) for k in weights if k.startswith("rwkv.blocks.")}
-        config = RWKVConfig(
-            n_layer=len(layers),
-            n_embd=n_embd,
-            head_size=head_size,
-            vocab_size=vocab_size,
-            dim_ffn=weights[f"{first}ffn.key.weight"].shape[0],
-            mix_rank=weights[f"{first}att.time_maa_w2"].shape[1],
-            decay_rank=weights[f"{first}att.time_decay_w1"].shape[1],
-        )
+        sizes = {
+            "n_layer": len(layers),
+            "n_embd": n_embd,
+            "head_size": head_size,
+            "vocab_size": vocab_size,
+            "dim_ffn": weights[f"{first}ffn.key.weight"].shape[0],
+        }
+        if version == 6:
+            sizes["mix_rank"] = weights[f"{first}att.time_maa_w2"].shape[1]
+            sizes["decay_rank"] = weights[f"{first}att.time_decay_w1"].shape[1]
+        else:
+            lows = {"decay_rank": "w1", "rate_rank": "a1", "gate_rank": "g1"}
+            sizes |= {rank: weights[f"{first}att.{name}"].shape[1] for rank, name in lows.items()}
+            if len(layers) > 1:
+                sizes["value_rank"] = weights["rwkv.blocks.1.att.v1"].shape[1]
     except KeyError as error:
-        raise ValueError(f"{path} is no RWKV-6: it lacks {error.args[0]}") from error
+        raise ValueError(f"{path} is no RWKV-{version}: it lacks {error.args[0]}") from error
     if n_head * head_size != n_embd:
         raise ValueError(f"{path}: {n_head} heads of {head_size} do not make a width of {n_embd}")
-    return config
+    return RWKVConfig(version=version, **sizes)
 
 
 def build(cls: type[Any], config: Any, weights: Mapping[str, Tensor], path: Path) -> Any:

@@ -24,21 +24,25 @@ def choose(name: str, value: str, allowed: tuple[str, ...] | dict) -> None:
 
 @dataclass(frozen=True)
 class RWKVConfig:
-    """Sizes of an RWKV-6 language model (spec of the x060 family: n_layer, n_embd and the low-rank sizes)."""
+    """Sizes of a language model, RWKV-6 (x060) or RWKV-7 (x070)."""
 
     n_layer: int
     n_embd: int
     head_size: int = 64
     vocab_size: int = 65536
-    dim_ffn: int = 0  # 0: 3.5 × n_embd, rounded down to a multiple of 32
-    mix_rank: int = 32  # of the data-dependent token shift
+    dim_ffn: int = 0  # 0: 3.5 × n_embd, rounded down to a multiple of 32; in version 7 4 × n_embd
+    mix_rank: int = 32  # of the data-dependent token shift; version 6 alone
     decay_rank: int = 64  # of the data-dependent decay
     version: int = 6
+    rate_rank: int = 64  # of the in-context learning rate; this and the following: version 7 alone
+    value_rank: int = 32  # of the part that the first layer's values have in the others'
+    gate_rank: int = 128
 
     def __post_init__(self) -> None:
-        if self.version != 6:
-            raise ValueError(f"rwkv version is {self.version}; this build has RWKV-6 only")
-        for name in ("n_layer", "n_embd", "head_size", "vocab_size", "mix_rank", "decay_rank"):
+        if self.version not in (6, 7):
+            raise ValueError(f"rwkv version is {self.version}; allowed are 6, 7")
+        ranks = ("mix_rank", "decay_rank", "rate_rank", "value_rank", "gate_rank")
+        for name in ("n_layer", "n_embd", "head_size", "vocab_size", *ranks):
             if getattr(self, name) < 1:
                 raise ValueError(f"rwkv {name} is {getattr(self, name)}; it must be at least 1")
         if self.n_embd % self.head_size or self.head_size % 16:
@@ -46,7 +50,8 @@ class RWKVConfig:
                 f"n_embd {self.n_embd} with head_size {self.head_size}: head_size must be a multiple of 16 and divide n_embd"
             )
         if self.dim_ffn == 0:
-            object.__setattr__(self, "dim_ffn", int(self.n_embd * 3.5) // 32 * 32)
+            wide = self.n_embd * 4 if self.version == 7 else int(self.n_embd * 3.5) // 32 * 32
+            object.__setattr__(self, "dim_ffn", wide)
 
     @property
     def n_head(self) -> int:
@@ -142,6 +147,10 @@ RWKV_PRESETS: dict[str, RWKVConfig] = {
     "rwkv6-1b6": RWKVConfig(n_layer=24, n_embd=2048),
     "rwkv6-3b": RWKVConfig(n_layer=32, n_embd=2560),
     "rwkv6-7b": RWKVConfig(n_layer=32, n_embd=4096, mix_rank=64, decay_rank=128),
+    "rwkv7-0b1": RWKVConfig(12, 768, version=7),
+    "rwkv7-0b4": RWKVConfig(24, 1024, version=7),
+    "rwkv7-1b5": RWKVConfig(24, 2048, version=7, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=256),
+    "rwkv7-2b9": RWKVConfig(32, 2560, version=7, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=320),
 }
 
 VISION_PRESETS: dict[str, VisionConfig] = {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from visualrwkv.config import ModelConfig
 from visualrwkv.rwkv.rwkv6 import RWKV6, Order
+from visualrwkv.rwkv.rwkv7 import RWKV7
 from visualrwkv.rwkv.state import State
 from visualrwkv.vision.pool import pool
 from visualrwkv.vision.projector import make_projector
@@ -29,7 +30,7 @@ class VisualRWKV(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.rwkv = RWKV6(config.rwkv)
+        self.rwkv: RWKV6 | RWKV7 = (RWKV7 if config.rwkv.version == 7 else RWKV6)(config.rwkv)
         self.vit: VRWKV | None = None
         self.proj: nn.Module | None = None
         if config.vision:

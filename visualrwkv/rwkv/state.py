@@ -19,7 +19,7 @@ class State:
     """A value: the model returns a new one and never changes the one it was given.
 
     att_shift, ffn_shift (L, S, C): the last input of each layer's time-mix and channel-mix; wkv (L, S, H, N, N): the
-    recurrent matrices, [key, value], fp32.
+    recurrent matrices, fp32, [key, value] in RWKV-6 and [value, key] in RWKV-7.
     """
 
     att_shift: Tensor

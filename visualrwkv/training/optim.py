@@ -61,7 +61,9 @@ class MuonAdamW(torch.optim.Optimizer):
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer for what is trainable in `model`; vectors are not decayed. Rates are set before each step."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    blocks = [p for name, p in named if ".blocks." in name and p.dim() == 2 and "time_faaaa" not in name]
+    blocks = [
+        p for name, p in named if ".blocks." in name and p.dim() == 2 and not name.endswith(("time_faaaa", "r_k"))
+    ]
     muon = blocks if recipe.optimizer == "muon" else []
     mine = {id(p) for p in muon}
     rest = [p for _, p in named if id(p) not in mine]

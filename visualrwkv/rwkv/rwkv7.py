@@ -1,0 +1,189 @@
+"""RWKV-7 (x070): Goose, arXiv 2503.14456. Parameter names are those of the public checkpoints.
+
+T tokens of all sequences in one packed row, S sequences, C channels, H heads, N head size, F channel-mix width, V vocabulary.
+A row needs no padding: token shift and recurrence restart where a sequence starts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visualrwkv.config import RWKVConfig
+from visualrwkv.ops import wkv7
+from visualrwkv.ops.mix import token_mix
+from visualrwkv.rwkv.rwkv6 import Order
+from visualrwkv.rwkv.state import State
+
+
+class TimeMix(nn.Module):
+    """Mixes over time: the `wkv7` recurrence, which rewrites what its state holds at a key, with a learned rate `a`."""
+
+    def __init__(self, config: RWKVConfig, layer: int):
+        super().__init__()
+        C, H, N = config.n_embd, config.n_head, config.head_size
+        self.n_head, self.head_size = H, N
+        self.x_r = nn.Parameter(torch.empty(1, 1, C))
+        self.x_w = nn.Parameter(torch.empty(1, 1, C))
+        self.x_k = nn.Parameter(torch.empty(1, 1, C))
+        self.x_v = nn.Parameter(torch.empty(1, 1, C))
+        self.x_a = nn.Parameter(torch.empty(1, 1, C))
+        self.x_g = nn.Parameter(torch.empty(1, 1, C))
+        self.w0 = nn.Parameter(torch.empty(1, 1, C))
+        self.w1 = nn.Parameter(torch.empty(C, config.decay_rank))
+        self.w2 = nn.Parameter(torch.empty(config.decay_rank, C))
+        self.a0 = nn.Parameter(torch.empty(1, 1, C))
+        self.a1 = nn.Parameter(torch.empty(C, config.rate_rank))
+        self.a2 = nn.Parameter(torch.empty(config.rate_rank, C))
+        if layer > 0:  # the first layer's values are what the others mix in
+            self.v0 = nn.Parameter(torch.empty(1, 1, C))
+            self.v1 = nn.Parameter(torch.empty(C, config.value_rank))
+            self.v2 = nn.Parameter(torch.empty(config.value_rank, C))
+        self.g1 = nn.Parameter(torch.empty(C, config.gate_rank))
+        self.g2 = nn.Parameter(torch.empty(config.gate_rank, C))
+        self.k_k = nn.Parameter(torch.empty(1, 1, C))
+        self.k_a = nn.Parameter(torch.empty(1, 1, C))
+        self.r_k = nn.Parameter(torch.empty(H, N))
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+        self.ln_x = nn.GroupNorm(H, C, eps=1e-5 * 8**2)  # 8: the family's head_size_divisor
+        self.reset_parameters(layer, config.n_layer)
+
+    @torch.no_grad()
+    def reset_parameters(self, layer: int, n_layer: int) -> None:
+        """The family's initial values: mixes and decays spread over channels and layers."""
+        C = self.x_r.numel()
+        r0, r1 = layer / max(n_layer - 1, 1), 1 - layer / n_layer
+        n = torch.arange(C)
+        ddd = n / C
+        for x in (self.x_r, self.x_g):
+            x[0, 0] = 1 - ddd ** (0.2 * r1)
+        for x in (self.x_w, self.x_a):
+            x[0, 0] = 1 - ddd ** (0.9 * r1)
+        self.x_k[0, 0] = 1 - (ddd ** (0.9 * r1) + 0.4 * r0)
+        self.x_v[0, 0] = 1 - (ddd ** (0.4 * r1) + 0.6 * r0)
+        self.w0[0, 0] = -6.5 + 5 * (n / max(C - 1, 1)) ** (0.85 + r0**0.5)
+        pairs = [(self.w1, self.w2), (self.a1, self.a2), (self.g1, self.g2)]
+        for constant, value in ((self.a0, 0.0), (self.k_k, 0.85), (self.k_a, 1.0), (self.r_k, 0.0)):
+            nn.init.constant_(constant, value)
+        if layer > 0:
+            nn.init.constant_(self.v0, 1.0)
+            pairs.append((self.v1, self.v2))
+        for low, high in pairs:
+            nn.init.zeros_(low)
+            nn.init.orthogonal_(high, 0.1 * max(high.shape[0] / high.shape[1], 1) ** 0.5)
+        for linear, bound in ((self.receptance, 0.5), (self.key, 0.05), (self.value, 0.5)):
+            nn.init.uniform_(linear.weight, -bound / C**0.5, bound / C**0.5)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None, wkv: Tensor | None, v_first: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, C), last (S, C), wkv (S, H, N, N), v_first (T, C) the first layer's values (None in it) -> out (T, C), new
+        wkv, v_first.
+        """
+        T, C = x.shape
+        H, N = self.n_head, self.head_size
+        mixes = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g], 1)[0]
+        xr, xw, xk, xv, xa, xg = token_mix(x[None], last, mixes, None, cu_seqlens)[:, 0].unbind(0)
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        w = -F.softplus(-(self.w0[0] + torch.tanh(xw @ self.w1) @ self.w2)) - 0.5  # a decay between 0.545 and 1
+        if v_first is None:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0[0] + (xv @ self.v1) @ self.v2))
+        a = torch.sigmoid(self.a0[0] + (xa @ self.a1) @ self.a2)
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        kk = F.normalize((k * self.k_k[0]).view(T, H, N), dim=-1)
+        k = k * (1 + (a - 1) * self.k_a[0])
+        r, w, k, v, a = (t.to(x.dtype).view(T, H, N) for t in (r, w, k, v, a))
+        y, wkv = wkv7(r[None], w[None], k[None], v[None], -kk[None], (kk * a)[None], wkv, cu_seqlens)
+        own = (r * k * self.r_k).sum(-1, keepdim=True) * v  # the current token, by a way of its own
+        return self.output((self.ln_x(y.view(T, C)) + own.view(T, C)) * g), wkv, v_first
+
+
+class ChannelMix(nn.Module):
+    """Mixes over channels: squared ReLU."""
+
+    def __init__(self, config: RWKVConfig, layer: int):
+        super().__init__()
+        C = config.n_embd
+        r1 = 1 - layer / config.n_layer
+        self.x_k = nn.Parameter((1 - (torch.arange(C) / C) ** r1**4).view(1, 1, C))
+        self.key = nn.Linear(C, config.dim_ffn, bias=False)
+        self.value = nn.Linear(config.dim_ffn, C, bias=False)
+        nn.init.uniform_(self.key.weight, -0.5 / C**0.5, 0.5 / C**0.5)
+        nn.init.zeros_(self.value.weight)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
+        """x (T, C), last (S, C) -> (T, C)."""
+        return self.value(torch.relu(self.key(token_mix(x[None], last, self.x_k[0], None, cu_seqlens)[0, 0])).square())
+
+
+class Block(nn.Module):
+    """x += time-mix(ln1(x)); x += channel-mix(ln2(x)). Block 0 first normalises the embeddings, of pictures too."""
+
+    def __init__(self, config: RWKVConfig, layer: int):
+        super().__init__()
+        C = config.n_embd
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(C)
+        self.ln1 = nn.LayerNorm(C)
+        self.ln2 = nn.LayerNorm(C)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config, layer)
+        self.layer = layer
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        state: tuple[Tensor, Tensor, Tensor] | None,
+        v_first: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
+        """x (T, C), this layer's part of the state, v_first (T, C) -> x (T, C), its part of the new state, v_first."""
+        att_last, ffn_last, wkv = state if state is not None else (None, None, None)
+        ends = cu_seqlens[1:] - 1
+        if self.layer == 0:
+            x = self.ln0(x)
+        h = self.ln1(x)
+        out, wkv, v_first = self.att(h, cu_seqlens, att_last, wkv, v_first)
+        x = x + out
+        h2 = self.ln2(x)
+        x = x + self.ffn(h2, cu_seqlens, ffn_last)
+        return x, (h[ends].float(), h2[ends].float(), wkv), v_first  # fp32: a state outlives the dtype it was made in
+
+
+class RWKV7(nn.Module):
+    """The language model: embeddings in, hidden states and the new state out; `emb` and `head` are the caller's doors."""
+
+    def __init__(self, config: RWKVConfig):
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)  # tiny: ln0 scales it up
+        nn.init.zeros_(self.head.weight)  # a new model says nothing; training/loss.py wakes the rows that it needs
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, state: State | None = None, orders: list[Order | None] | None = None
+    ) -> tuple[Tensor, State]:
+        """Read a packed row; as `RWKV6.forward`. The first layer's values follow their tokens into every block's order."""
+        parts, v_first = [], None
+        for i, block in enumerate(self.blocks):
+            order = orders[i % len(orders)] if orders else None
+            before = None if state is None else (state.att_shift[i], state.ffn_shift[i], state.wkv[i])
+            if order is None:
+                x, after, v_first = block(x, cu_seqlens, before, v_first)
+            else:
+                values = None if v_first is None else v_first.index_select(0, order.read)
+                x, after, values = block(x.index_select(0, order.read), cu_seqlens, before, values)
+                x = x.index_select(0, order.back)
+                v_first = values.index_select(0, order.back) if v_first is None else v_first
+            parts.append(after)
+        return self.ln_out(x), State(*(torch.stack(p) for p in zip(*parts)))

@@ -39,8 +39,9 @@ def tiny_model(randomise):
         seed=0,
         version=6,
     ) -> VisualRWKV:
-        ranks = {"mix_rank": 4, "decay_rank": 4, "rate_rank": 4, "value_rank": 4, "gate_rank": 4}
-        language = RWKVConfig(4, 32, head_size=16, vocab_size=vocab_size, version=version, **ranks)
+        ranks = ("mix_rank", "decay_rank") if version == 6 else ("decay_rank", "rate_rank", "value_rank", "gate_rank")
+        sizes = dict.fromkeys(ranks, 4)
+        language = RWKVConfig(4, 32, head_size=16, vocab_size=vocab_size, version=version, **sizes)
         torch.manual_seed(seed)
         return randomise(
             VisualRWKV(ModelConfig(language, vision, projector, image_tokens, scan, position)), seed

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from visualrwkv.config import ModelConfig
-from visualrwkv.rwkv.rwkv6 import RWKV6, Order
+from visualrwkv.rwkv.network import RWKV, Order
+from visualrwkv.rwkv.rwkv6 import RWKV6
 from visualrwkv.rwkv.rwkv7 import RWKV7
 from visualrwkv.rwkv.state import State
 from visualrwkv.vision.pool import pool
@@ -23,6 +24,8 @@ from visualrwkv.vision.vrwkv import VRWKV
 IMAGE_PLACEHOLDER = 65535
 """The id whose seat an image token takes; the World vocabulary does not define it."""
 
+LANGUAGE_MODELS: dict[int, type[RWKV]] = {6: RWKV6, 7: RWKV7}
+
 
 class VisualRWKV(nn.Module):
     """Vision encoder `vit`, projector `proj` and language model `rwkv`; without a vision config, the language model alone."""
@@ -30,7 +33,7 @@ class VisualRWKV(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.rwkv: RWKV6 | RWKV7 = (RWKV7 if config.rwkv.version == 7 else RWKV6)(config.rwkv)
+        self.rwkv: RWKV = LANGUAGE_MODELS[config.rwkv.version](config.rwkv)
         self.vit: VRWKV | None = None
         self.proj: nn.Module | None = None
         if config.vision:

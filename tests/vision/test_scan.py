@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visualrwkv.rwkv.rwkv6 import Order
+from visualrwkv.rwkv.network import Order
 from visualrwkv.vision.scan import read_order, scan_orders
 
 ROWS = list(range(9))

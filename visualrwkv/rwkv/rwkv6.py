@@ -6,8 +6,6 @@ A row needs no padding: token shift and recurrence restart where a sequence star
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,15 +13,7 @@ from torch import Tensor, nn
 from visualrwkv.config import RWKVConfig
 from visualrwkv.ops import wkv6
 from visualrwkv.ops.mix import token_mix
-from visualrwkv.rwkv.state import State
-
-
-@dataclass(frozen=True)
-class Order:
-    """The order in which a block reads the row: `read` (T,) gathers, `back` (T,) is its inverse."""
-
-    read: Tensor
-    back: Tensor
+from visualrwkv.rwkv.network import RWKV
 
 
 class TimeMix(nn.Module):
@@ -75,7 +65,9 @@ class TimeMix(nn.Module):
             nn.init.orthogonal_(linear.weight, gain)
         nn.init.zeros_(self.output.weight)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None, wkv: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None, wkv: Tensor | None, v_first: None
+    ) -> tuple[Tensor, Tensor, None]:
         """x (T, C), last (S, C), wkv (S, H, N, N) -> out (T, C), new wkv."""
         T, C = x.shape
         H, N = self.n_head, self.head_size
@@ -89,7 +81,7 @@ class TimeMix(nn.Module):
         w = self.time_decay[0] + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
         r, k, v, w = (t.view(1, T, H, N) for t in (r, k, v, w.to(r.dtype)))
         y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, cu_seqlens)
-        return self.output(self.ln_x(y.view(T, C)) * g), wkv
+        return self.output(self.ln_x(y.view(T, C)) * g), wkv, None
 
 
 class ChannelMix(nn.Module):
@@ -118,66 +110,7 @@ class ChannelMix(nn.Module):
         return r * self.value(k)
 
 
-class Block(nn.Module):
-    """x += time-mix(ln1(x)); x += channel-mix(ln2(x)). Block 0 first normalises the embeddings, of pictures too."""
+class RWKV6(RWKV):
+    """The RWKV-6 language model."""
 
-    def __init__(self, config: RWKVConfig, layer: int):
-        super().__init__()
-        C = config.n_embd
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(C)
-        self.ln1 = nn.LayerNorm(C)
-        self.ln2 = nn.LayerNorm(C)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config, layer)
-        self.layer = layer
-
-    def forward(
-        self, x: Tensor, cu_seqlens: Tensor, state: tuple[Tensor, Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """x (T, C), this layer's part of the state -> x (T, C), its part of the new state."""
-        att_last, ffn_last, wkv = state if state is not None else (None, None, None)
-        ends = cu_seqlens[1:] - 1
-        if self.layer == 0:
-            x = self.ln0(x)
-        h = self.ln1(x)
-        out, wkv = self.att(h, cu_seqlens, att_last, wkv)
-        x = x + out
-        h2 = self.ln2(x)
-        x = x + self.ffn(h2, cu_seqlens, ffn_last)
-        return x, (h[ends].float(), h2[ends].float(), wkv)  # fp32: a state outlives the dtype it was made in
-
-
-class RWKV6(nn.Module):
-    """The language model: embeddings in, hidden states and the new state out; `emb` and `head` are the caller's doors."""
-
-    def __init__(self, config: RWKVConfig):
-        super().__init__()
-        self.config = config
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)  # tiny: ln0 scales it up
-        nn.init.zeros_(self.head.weight)  # a new model says nothing; training/loss.py wakes the rows that it needs
-
-    def forward(
-        self, x: Tensor, cu_seqlens: Tensor, state: State | None = None, orders: list[Order | None] | None = None
-    ) -> tuple[Tensor, State]:
-        """Read a packed row.
-
-        x (T, C) embeddings of S sequences one after the other, cu_seqlens (S+1,) int64 their bounds, state of S rows or
-        None; `orders`: block i reads the row in orders[i mod len] (None: as it stands). Returns hidden (T, C) after
-        `ln_out`, and the State of S rows after the last token of each sequence.
-        """
-        parts = []
-        for i, block in enumerate(self.blocks):
-            order = orders[i % len(orders)] if orders else None
-            before = None if state is None else (state.att_shift[i], state.ffn_shift[i], state.wkv[i])
-            if order is None:
-                x, after = block(x, cu_seqlens, before)
-            else:
-                x, after = block(x.index_select(0, order.read), cu_seqlens, before)
-                x = x.index_select(0, order.back)
-            parts.append(after)
-        return self.ln_out(x), State(*(torch.stack(p) for p in zip(*parts)))
+    time_mix, channel_mix = TimeMix, ChannelMix

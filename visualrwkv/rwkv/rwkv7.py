@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from visualrwkv.config import RWKVConfig
 from visualrwkv.ops import wkv7
 from visualrwkv.ops.mix import token_mix
-from visualrwkv.rwkv.rwkv6 import Order
-from visualrwkv.rwkv.state import State
+from visualrwkv.rwkv.network import RWKV
 
 
 class TimeMix(nn.Module):
@@ -123,67 +122,7 @@ class ChannelMix(nn.Module):
         return self.value(torch.relu(self.key(token_mix(x[None], last, self.x_k[0], None, cu_seqlens)[0, 0])).square())
 
 
-class Block(nn.Module):
-    """x += time-mix(ln1(x)); x += channel-mix(ln2(x)). Block 0 first normalises the embeddings, of pictures too."""
+class RWKV7(RWKV):
+    """The RWKV-7 language model."""
 
-    def __init__(self, config: RWKVConfig, layer: int):
-        super().__init__()
-        C = config.n_embd
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(C)
-        self.ln1 = nn.LayerNorm(C)
-        self.ln2 = nn.LayerNorm(C)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config, layer)
-        self.layer = layer
-
-    def forward(
-        self,
-        x: Tensor,
-        cu_seqlens: Tensor,
-        state: tuple[Tensor, Tensor, Tensor] | None,
-        v_first: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
-        """x (T, C), this layer's part of the state, v_first (T, C) -> x (T, C), its part of the new state, v_first."""
-        att_last, ffn_last, wkv = state if state is not None else (None, None, None)
-        ends = cu_seqlens[1:] - 1
-        if self.layer == 0:
-            x = self.ln0(x)
-        h = self.ln1(x)
-        out, wkv, v_first = self.att(h, cu_seqlens, att_last, wkv, v_first)
-        x = x + out
-        h2 = self.ln2(x)
-        x = x + self.ffn(h2, cu_seqlens, ffn_last)
-        return x, (h[ends].float(), h2[ends].float(), wkv), v_first  # fp32: a state outlives the dtype it was made in
-
-
-class RWKV7(nn.Module):
-    """The language model: embeddings in, hidden states and the new state out; `emb` and `head` are the caller's doors."""
-
-    def __init__(self, config: RWKVConfig):
-        super().__init__()
-        self.config = config
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)  # tiny: ln0 scales it up
-        nn.init.zeros_(self.head.weight)  # a new model says nothing; training/loss.py wakes the rows that it needs
-
-    def forward(
-        self, x: Tensor, cu_seqlens: Tensor, state: State | None = None, orders: list[Order | None] | None = None
-    ) -> tuple[Tensor, State]:
-        """Read a packed row; as `RWKV6.forward`. The first layer's values follow their tokens into every block's order."""
-        parts, v_first = [], None
-        for i, block in enumerate(self.blocks):
-            order = orders[i % len(orders)] if orders else None
-            before = None if state is None else (state.att_shift[i], state.ffn_shift[i], state.wkv[i])
-            if order is None:
-                x, after, v_first = block(x, cu_seqlens, before, v_first)
-            else:
-                values = None if v_first is None else v_first.index_select(0, order.read)
-                x, after, values = block(x.index_select(0, order.read), cu_seqlens, before, values)
-                x = x.index_select(0, order.back)
-                v_first = values.index_select(0, order.back) if v_first is None else v_first
-            parts.append(after)
-        return self.ln_out(x), State(*(torch.stack(p) for p in zip(*parts)))
+    time_mix, channel_mix = TimeMix, ChannelMix

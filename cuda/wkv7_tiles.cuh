@@ -249,38 +249,35 @@ __device__ __forceinline__ void scale(State& S, const float* factors) {
     }
 }
 
-__device__ __forceinline__ int64_t state_place(int row, int i, int h, int low) {
+// Show `see` each pair of this lane's values, and its place in a (SIZE, SIZE) state whose rows from `row` on are these.
+template <typename StateOf, typename See>
+__device__ __forceinline__ void each_pair(StateOf& S, int row, See see) {
     const int lane = new_lane();
-    return (row + lane / 4 + low * 8) * SIZE + i * TILE + h * 8 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < SIZE / TILE; i++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+#pragma unroll
+            for (int low = 0; low < 2; low++) {
+                const int64_t place = (row + lane / 4 + low * 8) * SIZE + i * TILE + h * 8 + lane % 4 * 2;
+                see(place, S[i].at[h][low * 2], S[i].at[h][low * 2 + 1]);
+            }
+        }
+    }
 }
 
 __device__ __forceinline__ void load_state(State& S, const float* from, int row) {
-#pragma unroll
-    for (int i = 0; i < SIZE / TILE; i++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-#pragma unroll
-            for (int low = 0; low < 2; low++) {
-                const auto pair = load_or_zeros<float, 2>(from, state_place(row, i, h, low), from != nullptr);
-                S[i].at[h][low * 2] = pair.at(0);
-                S[i].at[h][low * 2 + 1] = pair.at(1);
-            }
-        }
-    }
+    each_pair(S, row, [&](int64_t place, float& x, float& y) {
+        const auto pair = load_or_zeros<float, 2>(from, place, from != nullptr);
+        x = pair.at(0);
+        y = pair.at(1);
+    });
 }
 
 __device__ __forceinline__ void store_state(const State& S, float* to, int row) {
-#pragma unroll
-    for (int i = 0; i < SIZE / TILE; i++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-#pragma unroll
-            for (int low = 0; low < 2; low++) {
-                gpu::store(reinterpret_cast<Pack<float, 2>*>(to + state_place(row, i, h, low)),
-                           Pack<float, 2>{S[i].at[h][low * 2], S[i].at[h][low * 2 + 1]});
-            }
-        }
-    }
+    each_pair(S, row, [&](int64_t place, float x, float y) {
+        gpu::store(reinterpret_cast<Pack<float, 2>*>(to + place), Pack<float, 2>{x, y});
+    });
 }
 
 // Carry S over a tile. On the way `see_state` is shown every block of s, `see` the values and sa, with values as rows.

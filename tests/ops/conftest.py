@@ -78,3 +78,13 @@ def emulated(emulated_library, monkeypatch) -> Emulated:
     emulated_library.schedule(0)
     emulated_library.bytes()
     return emulated_library
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """split(n, sequences, heads): make an op divide each head's values into n parts."""
+
+    def make_splits(n: int, sequences: int = 1, heads: int = 1) -> None:
+        monkeypatch.setattr(library, "multiprocessors", lambda device: n * sequences * heads)
+
+    return make_splits

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ops.recurrences import assert_close
 from visualrwkv.ops import bi_wkv, library
 from visualrwkv.ops.biwkv import bi_wkv_compiled, bi_wkv_reference, bi_wkv_torch
 from visualrwkv.ops.build import build
@@ -45,15 +46,6 @@ def run(form, inputs, dtype=torch.float64):
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad(y, leaves, dy.to(y.dtype))
     return {"y": y.detach(), **{f"d{n}": x for n, x in zip(NAMES, gradients, strict=True)}}
-
-
-def assert_close(found, wanted, outputs=1e-6, gradients=1e-5, floor=1e-7):
-    """Relative L2 error of each tensor; `floor` per element where the true value vanishes."""
-    assert found.keys() == wanted.keys()
-    for name, want in wanted.items():
-        error, limit = (found[name].double() - want).norm(), gradients if name.startswith("d") else outputs
-        assert found[name].shape == want.shape
-        assert error <= limit * want.norm() + floor * want.numel() ** 0.5, f"{name}: {error / want.norm():.1e}"
 
 
 def test_reference_is_the_equation():

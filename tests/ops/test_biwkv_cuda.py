@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.ops.recurrences import BOTH, assert_close
 from visualrwkv.ops import library
 from visualrwkv.ops.biwkv import _backward_cuda, _forward_cuda, bi_wkv_reference
 
@@ -11,7 +12,6 @@ LIMITS = {  # relative L2 error
     torch.float32: dict.fromkeys(("y", "dw", "du", "dk", "dv"), 5e-4),
     torch.bfloat16: {"y": 5e-3, "dk": 5e-3, "dv": 5e-3, "dw": 1e-2, "du": 1e-2},
 }
-BOTH = pytest.mark.parametrize("dtype", LIMITS, ids=("fp32", "bf16"))
 
 
 def make(B, T, C, dtype, decay=(-2.0, 6.0), spread=1.5, offset=0.0, seed=0):
@@ -35,15 +35,6 @@ def true(w, u, k, v, dy):
     return {"y": y.detach(), **dict(zip((f"d{n}" for n in NAMES), gradients, strict=True))}
 
 
-def assert_close(found, wanted, limits, floor=1e-6):
-    """`floor` per element where the true value vanishes."""
-    assert found.keys() == wanted.keys()
-    for name, want in wanted.items():
-        error = (found[name].double() - want).norm()
-        assert found[name].shape == want.shape
-        assert error <= limits[name] * want.norm() + floor * want.numel() ** 0.5, f"{name}: {error / want.norm():.1e}"
-
-
 @BOTH
 @pytest.mark.parametrize(
     ("B", "T", "C"),
@@ -51,12 +42,12 @@ def assert_close(found, wanted, limits, floor=1e-6):
 )
 def test_every_value_and_gradient(emulated, dtype, B, T, C):
     inputs = make(B, T, C, dtype)
-    assert_close(run(*inputs), true(*inputs), LIMITS[dtype])
+    assert_close(run(*inputs), true(*inputs), limits=LIMITS[dtype])
 
 
 def test_errors_do_not_build_up_over_time(emulated):
     inputs = make(1, 2500, 3, torch.float32, decay=(-4.0, 30.0))
-    assert_close(run(*inputs), true(*inputs), dict.fromkeys(LIMITS[torch.float32], 2e-5))
+    assert_close(run(*inputs), true(*inputs), limits=dict.fromkeys(LIMITS[torch.float32], 2e-5))
 
 
 @BOTH
@@ -78,14 +69,14 @@ def test_extremes(emulated, dtype, T, decay, spread):
     inputs = make(2, T, 6, dtype, decay, spread)
     found, wanted = run(*inputs), true(*inputs)
     assert all(x.isfinite().all() for x in found.values())
-    assert_close(found, wanted, LIMITS[dtype])
+    assert_close(found, wanted, limits=LIMITS[dtype])
 
 
 @BOTH
 @pytest.mark.parametrize("offset", [-700.0, 710.0])
 def test_only_differences_of_k_count(emulated, dtype, offset):
     inputs = make(1, 70, 3, dtype, offset=offset)
-    assert_close(run(*inputs), true(*inputs), {name: max(limit, 2e-3) for name, limit in LIMITS[dtype].items()})
+    assert_close(run(*inputs), true(*inputs), limits={name: max(limit, 2e-3) for name, limit in LIMITS[dtype].items()})
 
 
 @pytest.mark.parametrize("value", [0.0, 1e4])
@@ -112,7 +103,7 @@ def test_a_token_of_no_weight(emulated):
     far[:, 20] = -1e4
     dy[:, 20] = 0  # what the hidden token itself reads still has the others' sums
     found, wanted = run(w, u, k, v, dy), true(w, u, far, v, dy)
-    assert_close(found, wanted, LIMITS[torch.float32])
+    assert_close(found, wanted, limits=LIMITS[torch.float32])
     assert (found["dv"][:, 20] == 0).all()
 
 
@@ -195,4 +186,4 @@ def test_sizes_that_no_grid_holds_are_refused(emulated):
 def test_on_a_gpu(dtype, T):
     inputs = [x.cuda() for x in make(2, T, 40, dtype)]
     found = {name: x.cpu() for name, x in run(*inputs).items()}
-    assert_close(found, true(*(x.cpu() for x in inputs)), LIMITS[dtype])
+    assert_close(found, true(*(x.cpu() for x in inputs)), limits=LIMITS[dtype])

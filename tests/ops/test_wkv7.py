@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ops.recurrences import assert_close
 from visualrwkv.ops import library, wkv7, wkv7_step
 from visualrwkv.ops.build import build
 from visualrwkv.ops.wkv7 import wkv7_compiled, wkv7_reference, wkv7_torch
@@ -50,15 +51,6 @@ def run(form, inputs, cu_seqlens=None, dtype=torch.float64, seed=1):
     dy, dS = torch.randn(y.shape, generator=g), torch.randn(S.shape, generator=g)
     gradients = torch.autograd.grad((y, S), leaves, (dy.to(y.dtype), dS.to(S.dtype)))
     return {"y": y.detach(), "S": S.detach(), **{f"d{n}": x for n, x in zip(NAMES, gradients, strict=True)}}
-
-
-def assert_close(found, wanted, outputs=2e-6, gradients=1e-5, floor=1e-7):
-    """Relative L2 error of each tensor; `floor` per element where the true value vanishes."""
-    assert found.keys() == wanted.keys()
-    for name, want in wanted.items():
-        error, limit = (found[name].double() - want).norm(), gradients if name.startswith("d") else outputs
-        assert found[name].shape == want.shape
-        assert error <= limit * want.norm() + floor * want.numel() ** 0.5, f"{name}: {error / want.norm():.1e}"
 
 
 def numpy_wkv7(r, w, k, v, a, b, state):

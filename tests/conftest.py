@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from visualrwkv.config import ModelConfig, RWKVConfig, VisionConfig
+from visualrwkv.config import ModelConfig, RWKVConfig, VRWKVConfig
 from visualrwkv.model import VisualRWKV
 
-VISION = VisionConfig(depth=2, width=16, patch_size=8, image_size=32, pos_grid=4)
+VISION = VRWKVConfig(depth=2, width=16, patch_size=8, image_size=32, pos_grid=4)
 
 
 @pytest.fixture(scope="session")

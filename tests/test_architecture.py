@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("visualrwkv.config", "visualrwkv.commandline"),
+    ("visualrwkv.config", "visualrwkv.commandline", "visualrwkv.files"),
     ("visualrwkv.ops", "visualrwkv.text"),
     ("visualrwkv.vision", "visualrwkv.rwkv"),
-    ("visualrwkv.model",),
+    ("visualrwkv.model", "visualrwkv.formats"),
     ("visualrwkv.checkpoint", "visualrwkv.generate"),
     ("visualrwkv.chat",),
     ("visualrwkv.training", "visualrwkv.serve", "visualrwkv.hf"),

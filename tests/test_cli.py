@@ -10,7 +10,7 @@ import torch
 
 from visualrwkv.chat import load
 from visualrwkv.checkpoint import save_model, save_vision
-from visualrwkv.config import VisionConfig
+from visualrwkv.config import VRWKVConfig
 from visualrwkv.ops import library
 from visualrwkv.vision.vrwkv import VRWKV
 
@@ -68,7 +68,7 @@ def test_compose(place):
 
 
 def test_compose_with_too_coarse_an_encoder(place, tmp_path):
-    save_vision(VRWKV(VisionConfig(depth=1, width=8, patch_size=16, image_size=32, pos_grid=2)), tmp_path / "vit")
+    save_vision(VRWKV(VRWKVConfig(depth=1, width=8, patch_size=16, image_size=32, pos_grid=2)), tmp_path / "vit")
     done = command("compose", "--lm", place / "lm.pth", "--vision", tmp_path / "vit", "--out", tmp_path / "new")
     assert done.returncode == 1
     assert "image_tokens is 16, more than the 4 patches" in done.stderr

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from visualrwkv.config import ModelConfig, RWKVConfig, VisionConfig, preset
+from visualrwkv.config import ModelConfig, RWKVConfig, VRWKVConfig, preset
 
-VISION = VisionConfig(depth=2, width=16, patch_size=8, image_size=32, pos_grid=4)
+VISION = VRWKVConfig(depth=2, width=16, patch_size=8, image_size=32, pos_grid=4)
 
 
 def test_sizes_that_follow():
@@ -26,13 +26,13 @@ def test_there_and_back_through_json(vision):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: RWKVConfig(2, 64, version=4), "rwkv version is 4; allowed are 6, 7"),
+        (lambda: RWKVConfig(2, 64, version=4), "rwkv version is 4; allowed are 5, 6, 7"),
         (lambda: RWKVConfig(0, 64), "n_layer is 0"),
         (lambda: RWKVConfig(2, 96), "n_embd 96 with head_size 64"),
         (lambda: RWKVConfig(2, 32, head_size=8), "head_size 8"),
-        (lambda: VisionConfig(2, 18), "vision width is 18"),
-        (lambda: VisionConfig(2, 16, patch_size=16, image_size=40), "image_size 40 is not a multiple of patch_size 16"),
-        (lambda: VisionConfig(2, 16, kind="clip"), "vision kind is 'clip'; allowed are vrwkv"),
+        (lambda: VRWKVConfig(2, 18), "vision width is 18"),
+        (lambda: VRWKVConfig(2, 16, patch_size=16, image_size=40), "image_size 40 is not a multiple of patch_size 16"),
+        (lambda: VRWKVConfig(2, 16, kind="clip"), "vision kind is 'clip'; allowed are vrwkv"),
         (lambda: ModelConfig(RWKVConfig(2, 64), image_tokens=8), "image_tokens is 8; it must be a square"),
         (lambda: ModelConfig(RWKVConfig(2, 64), VISION, image_tokens=25), "more than the 16 patches"),
         (lambda: ModelConfig(RWKVConfig(2, 64), scan="snake"), "scan is 'snake'; allowed are uni, bi, multi"),

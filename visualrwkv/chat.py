@@ -17,7 +17,7 @@ from visualrwkv.model import VisualRWKV
 from visualrwkv.rwkv.state import State
 from visualrwkv.text.prompt import IMAGE_TAG, encode_conversation
 from visualrwkv.text.tokenizer import END, END_OF_TURN, StreamDecoder, decode
-from visualrwkv.vision.processor import ImageProcessor, Picture
+from visualrwkv.vision.processor import Picture, make_processor
 
 Pictures = Picture | Sequence[Picture] | None
 
@@ -39,7 +39,7 @@ class VLM:
 
     def __init__(self, model: VisualRWKV):
         self.model = model.eval()
-        self.processor = ImageProcessor(model.config.vision) if model.config.vision else None
+        self.processor = make_processor(model.config.vision) if model.config.vision else None
 
     def prompt(self, pictures: int, text: str, image_position: ImagePosition | None = None) -> list[int]:
         """The ids of a question up to "Assistant:"; tags may be written in the text, else the pictures come first."""

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 ImagePosition = Literal["first", "middle", "last"]
 Scan = Literal["uni", "bi", "multi"]
-ProjectorKind = Literal["linear", "gated"]
+ProjectorKind = Literal["linear", "gated", "output_gated", "relu"]
 
 IMAGE_POSITIONS: tuple[str, ...] = ("first", "middle", "last")
 SCANS: tuple[str, ...] = ("uni", "bi", "multi")
-PROJECTORS: tuple[str, ...] = ("linear", "gated")
+PROJECTORS: tuple[str, ...] = ("linear", "gated", "output_gated", "relu")
 
 
 def choose(name: str, value: str, allowed: tuple[str, ...] | dict) -> None:
@@ -24,7 +24,7 @@ def choose(name: str, value: str, allowed: tuple[str, ...] | dict) -> None:
 
 @dataclass(frozen=True)
 class RWKVConfig:
-    """Sizes of a language model, RWKV-6 (x060) or RWKV-7 (x070)."""
+    """Sizes of a language model, RWKV-5 (x052), RWKV-6 (x060) or RWKV-7 (x070)."""
 
     n_layer: int
     n_embd: int
@@ -32,15 +32,16 @@ class RWKVConfig:
     vocab_size: int = 65536
     dim_ffn: int = 0  # 0: 3.5 × n_embd, rounded down to a multiple of 32; in version 7 4 × n_embd
     mix_rank: int = 32  # of the data-dependent token shift; version 6 alone
-    decay_rank: int = 64  # of the data-dependent decay
+    decay_rank: int = 64  # of the data-dependent decay; versions 6 and 7
     version: int = 6
     rate_rank: int = 64  # of the in-context learning rate; this and the following: version 7 alone
     value_rank: int = 32  # of the part that the first layer's values have in the others'
     gate_rank: int = 128
+    first_value: bool = False  # the first layer holds v0, v1 and v2 as others do, though it does not read them
 
     def __post_init__(self) -> None:
-        if self.version not in (6, 7):
-            raise ValueError(f"rwkv version is {self.version}; allowed are 6, 7")
+        if self.version not in (5, 6, 7):
+            raise ValueError(f"rwkv version is {self.version}; allowed are 5, 6, 7")
         ranks = ("mix_rank", "decay_rank", "rate_rank", "value_rank", "gate_rank")
         for name in ("n_layer", "n_embd", "head_size", "vocab_size", *ranks):
             if getattr(self, name) < 1:
@@ -58,8 +59,11 @@ class RWKVConfig:
         return self.n_embd // self.head_size
 
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
 @dataclass(frozen=True)
-class VisionConfig:
+class VRWKVConfig:
     """Sizes of a Vision-RWKV encoder, and how its pictures are prepared."""
 
     depth: int
@@ -70,14 +74,20 @@ class VisionConfig:
     ffn_rate: int = 4
     post_norm: bool = False
     layer_scale: float = 0.0  # initial γ; 0: no layer scale
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    kind: str = "vrwkv"
+    mean: tuple[float, float, float] = IMAGENET["mean"]
+    std: tuple[float, float, float] = IMAGENET["std"]
+    kind: str = "vrwkv"  # or vrwkv6, whose decay depends on the data
+    key_norm: bool = False  # norms inside both mixers
+    head_size: int = 64  # vrwkv6 alone
+    classes: int = 0  # of a classifier; 0: none
+    head_width: int = 0  # hidden width of the classifier; 0: it is one layer
+    crop: float = 0.0  # share of the shorter side that is kept of a picture, in its middle; 0: all of it, squashed
 
     def __post_init__(self) -> None:
-        choose("vision kind", self.kind, ("vrwkv",))
-        if self.width % 4:
-            raise ValueError(f"vision width is {self.width}; the four-way shift needs a multiple of 4")
+        choose("vision kind", self.kind, ("vrwkv", "vrwkv6"))
+        parts = 4 * (self.width // self.head_size if self.kind == "vrwkv6" else 1)
+        if self.width % parts:
+            raise ValueError(f"vision width is {self.width}; the four-way shift needs a multiple of {parts}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
@@ -85,6 +95,109 @@ class VisionConfig:
     def grid(self) -> int:
         """Patches along a side."""
         return self.image_size // self.patch_size
+
+    @property
+    def cls_token(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of a CLIP or SigLIP vision encoder, and how its pictures are prepared."""
+
+    depth: int
+    width: int  # D
+    heads: int
+    ffn: int
+    image_size: int
+    patch_size: int
+    kind: str = "clip"  # or siglip
+    activation: str = "quick_gelu"
+    eps: float = 1e-5
+    layer: int = -1  # whose output the patches are; -2: the one before the last
+    cls_token: bool = True  # the class token is one of the image tokens, the last
+    pooled: bool = False  # the weights hold SigLIP's pooling head, which gives no patches
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    crop: float = 1.0  # as in VRWKVConfig
+
+    def __post_init__(self) -> None:
+        choose("vision kind", self.kind, ("clip", "siglip"))
+        if self.width % self.heads:
+            raise ValueError(f"vision width {self.width} does not divide into {self.heads} heads")
+        if not -self.depth <= self.layer <= -1:
+            raise ValueError(f"vision layer is {self.layer}; it must be from {-self.depth} to -1")
+        if self.cls_token and self.kind == "siglip":
+            raise ValueError("a siglip encoder has no class token; cls_token must be false")
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TowersConfig:
+    """Sizes of the three encoders of the HD, UHD and v7.00 releases: DINOv2, SigLIP and SAM, side by side in the channels."""
+
+    dino_depth: int = 24
+    dino_width: int = 1024
+    siglip_depth: int = 27
+    siglip_width: int = 1152
+    siglip_ffn: int = 4304
+    sam_depth: int = 12
+    sam_width: int = 768
+    sam_out: int = 256
+    image_size: int = 448  # what DINOv2 and SigLIP see
+    sam_size: int = 1024
+    tiles: bool = False  # UHD: beside the whole picture its four quarters, at half the grid each
+    kind: str = "towers"
+
+    def __post_init__(self) -> None:
+        choose("vision kind", self.kind, ("towers",))
+        if self.image_size % 14 or self.sam_size != 32 * self.grid or (self.tiles and self.grid % 2):
+            raise ValueError(
+                f"image_size {self.image_size} and sam_size {self.sam_size} do not give one grid, of patches of 14 and of 32"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // 14
+
+    @property
+    def width(self) -> int:
+        return (self.dino_width + self.siglip_width + 4 * self.sam_out) * (2 if self.tiles else 1)
+
+    @property
+    def cls_token(self) -> bool:
+        return False
+
+
+# What sets the SigLIP family apart from CLIP, beside its sizes.
+SIGLIP: dict[str, Any] = {
+    "kind": "siglip",
+    "cls_token": False,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "crop": 0.0,
+}
+
+VisionConfig = VRWKVConfig | ViTConfig | TowersConfig
+
+VISION_CONFIGS: dict[str, type[VisionConfig]] = {
+    "vrwkv": VRWKVConfig,
+    "vrwkv6": VRWKVConfig,
+    "clip": ViTConfig,
+    "siglip": ViTConfig,
+    "towers": TowersConfig,
+}
+
+
+def vision_config(values: Any) -> VisionConfig:
+    """The config of an encoder, its class by its kind; errors as `from_values`."""
+    kind = values.get("kind", "vrwkv") if isinstance(values, dict) else "vrwkv"
+    return from_values(preset(VISION_CONFIGS, kind, "vision kind"), values)
 
 
 @dataclass(frozen=True)
@@ -94,7 +207,9 @@ class ModelConfig:
     rwkv: RWKVConfig
     vision: VisionConfig | None = None
     projector: ProjectorKind = "linear"
-    image_tokens: int = 64  # per picture, a square number: patches are pooled to it
+    image_tokens: int = (
+        64  # per picture: a square number that patches are pooled to, and the class token where there is one
+    )
     scan: Scan = "bi"
     image_position: ImagePosition = "middle"
 
@@ -102,8 +217,11 @@ class ModelConfig:
         choose("projector", self.projector, PROJECTORS)
         choose("scan", self.scan, SCANS)
         choose("image_position", self.image_position, IMAGE_POSITIONS)
-        if self.image_tokens < 1 or math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
-            raise ValueError(f"image_tokens is {self.image_tokens}; it must be a square number such as 16, 64 or 576")
+        if self.token_grid < 1 or self.token_grid**2 + self.extra_tokens != self.image_tokens:
+            extra = ", and one for the class token" if self.extra_tokens else ""
+            raise ValueError(
+                f"image_tokens is {self.image_tokens}; it must be a square number such as 16, 64 or 576{extra}"
+            )
         if self.vision and self.token_grid > self.vision.grid:
             raise ValueError(
                 f"image_tokens is {self.image_tokens}, more than the {self.vision.grid**2} patches of the vision encoder"
@@ -112,7 +230,12 @@ class ModelConfig:
     @property
     def token_grid(self) -> int:
         """Image tokens along a side."""
-        return math.isqrt(self.image_tokens)
+        return math.isqrt(max(self.image_tokens - self.extra_tokens, 0))
+
+    @property
+    def extra_tokens(self) -> int:
+        """Image tokens after those of the grid: 1 for a class token."""
+        return int(self.vision is not None and self.vision.cls_token)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -121,7 +244,7 @@ class ModelConfig:
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """The inverse of `to_dict`; an unknown or missing setting is a ValueError that names it."""
         rwkv = from_values(RWKVConfig, data.get("rwkv") or {})
-        vision = from_values(VisionConfig, data["vision"]) if data.get("vision") else None
+        vision = vision_config(data["vision"]) if data.get("vision") else None
         known = {k: v for k, v in data.items() if k != "format"}
         return from_values(cls, known | {"rwkv": rwkv, "vision": vision})
 
@@ -144,6 +267,10 @@ def from_values(cls: type, values: Any) -> Any:
 
 RWKV_PRESETS: dict[str, RWKVConfig] = {
     "rwkv6-nano": RWKVConfig(n_layer=3, n_embd=128, head_size=32, mix_rank=16, decay_rank=32),
+    "rwkv5-0b4": RWKVConfig(24, 1024, version=5),
+    "rwkv5-1b5": RWKVConfig(24, 2048, version=5),
+    "rwkv5-3b": RWKVConfig(32, 2560, version=5),
+    "rwkv5-7b": RWKVConfig(32, 4096, version=5),
     "rwkv6-1b6": RWKVConfig(n_layer=24, n_embd=2048),
     "rwkv6-3b": RWKVConfig(n_layer=32, n_embd=2560),
     "rwkv6-7b": RWKVConfig(n_layer=32, n_embd=4096, mix_rank=64, decay_rank=128),
@@ -153,8 +280,27 @@ RWKV_PRESETS: dict[str, RWKVConfig] = {
     "rwkv7-2b9": RWKVConfig(32, 2560, version=7, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=320),
 }
 
-VISION_PRESETS: dict[str, VisionConfig] = {
-    "vrwkv_nano": VisionConfig(depth=4, width=128, patch_size=8, image_size=64, pos_grid=8),
+_CLASSIFIER: dict[str, Any] = {"depth": 12, "classes": 1000, "crop": 0.875}
+
+VISION_PRESETS: dict[str, VRWKVConfig] = {
+    "vrwkv_nano": VRWKVConfig(depth=4, width=128, patch_size=8, image_size=64, pos_grid=8),
+    "vrwkv_t": VRWKVConfig(width=192, **_CLASSIFIER),
+    "vrwkv_s": VRWKVConfig(width=384, post_norm=True, layer_scale=1.0, **_CLASSIFIER),
+    "vrwkv_b": VRWKVConfig(width=768, post_norm=True, layer_scale=1e-5, **_CLASSIFIER),
+    "vrwkv_l": VRWKVConfig(
+        *(24, 1024),
+        image_size=384,
+        pos_grid=12,
+        post_norm=True,
+        layer_scale=1e-5,
+        key_norm=True,
+        classes=1000,
+        head_width=3072,
+        crop=1.0,
+    ),
+    "vrwkv6_t": VRWKVConfig(width=192, kind="vrwkv6", **_CLASSIFIER),
+    "vrwkv6_s": VRWKVConfig(width=384, kind="vrwkv6", post_norm=True, layer_scale=1e-5, **_CLASSIFIER),
+    "vrwkv6_b": VRWKVConfig(width=768, kind="vrwkv6", post_norm=True, layer_scale=1e-5, **_CLASSIFIER),
 }
 
 
@@ -170,6 +316,11 @@ class MeetPreset:
 
 MEET_PRESETS: dict[str, MeetPreset] = {
     "nano": MeetPreset(projector="gated", image_tokens=16, scan="bi"),
+    "v6.0": MeetPreset(projector="linear", image_tokens=577, scan="bi"),
+    "HD": MeetPreset(projector="output_gated", image_tokens=1024, scan="bi"),
+    "UHD": MeetPreset(projector="relu", image_tokens=1024, scan="bi"),
+    "v7.00": MeetPreset(projector="gated", image_tokens=1024, scan="uni", image_position="first"),
+    "v7.01": MeetPreset(projector="gated", image_tokens=256, scan="uni", image_position="first"),
 }
 
 

@@ -6,6 +6,7 @@ B rows, T tokens a row, C channels, V vocabulary, I pictures, P patches, M image
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,18 +14,19 @@ from torch import Tensor, nn
 
 from visualrwkv.config import ModelConfig
 from visualrwkv.rwkv.network import RWKV, Order
+from visualrwkv.rwkv.rwkv5 import RWKV5
 from visualrwkv.rwkv.rwkv6 import RWKV6
 from visualrwkv.rwkv.rwkv7 import RWKV7
 from visualrwkv.rwkv.state import State
+from visualrwkv.vision.encoder import Encoder, make_encoder
 from visualrwkv.vision.pool import pool
 from visualrwkv.vision.projector import make_projector
 from visualrwkv.vision.scan import read_order, scan_orders
-from visualrwkv.vision.vrwkv import VRWKV
 
 IMAGE_PLACEHOLDER = 65535
 """The id whose seat an image token takes; the World vocabulary does not define it."""
 
-LANGUAGE_MODELS: dict[int, type[RWKV]] = {6: RWKV6, 7: RWKV7}
+LANGUAGE_MODELS: dict[int, type[RWKV]] = {5: RWKV5, 6: RWKV6, 7: RWKV7}
 
 
 class VisualRWKV(nn.Module):
@@ -34,12 +36,12 @@ class VisualRWKV(nn.Module):
         super().__init__()
         self.config = config
         self.rwkv: RWKV = LANGUAGE_MODELS[config.rwkv.version](config.rwkv)
-        self.vit: VRWKV | None = None
+        self.vit: Encoder | None = None
         self.proj: nn.Module | None = None
         if config.vision:
-            self.vit = VRWKV(config.vision)
+            self.vit = make_encoder(config.vision)
             self.proj = make_projector(config.projector, config.vision.width, config.rwkv.n_embd)
-            self.scan = scan_orders(config.scan, config.token_grid)
+            self.scan = scan_orders(config.scan, config.token_grid, config.extra_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -48,11 +50,10 @@ class VisualRWKV(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Normalised pictures (I, 3, H, W) -> pooled features (I, M, D), before the projector."""
         assert self.vit is not None
-        assert self.config.vision is not None
-        patch = self.config.vision.patch_size
-        grid = (-(-pixels.shape[-2] // patch), -(-pixels.shape[-1] // patch))
-        patches = self.vit(pixels.to(self.device, self.vit.pos_embed.dtype))
-        return pool(patches, grid, self.config.token_grid)
+        pixels = pixels.to(self.device, next(self.vit.parameters()).dtype)
+        features, count = self.vit(pixels), math.prod(grid := self.vit.grid(pixels))
+        patches, extra = features[:, :count], features[:, count:]
+        return torch.cat((pool(patches, grid, self.config.token_grid), extra), 1)
 
     def embed_image(self, pixels: Tensor) -> Tensor:
         """Normalised pictures (I, 3, H, W) -> image tokens (I, M, C)."""

@@ -34,24 +34,43 @@ def mix(x, maa):
     return x + (np.concatenate([np.zeros_like(x[:1]), x[:-1]]) - x) * maa
 
 
+def wkv(r, k, v, decay, bonus, heads):
+    """S_t = diag(decay_t) S_{t-1} + k_t v_t^T, read by r_t before the step but for the own token, which has a bonus."""
+    (T, C), N = r.shape, r.shape[1] // heads
+    y = np.zeros((T, C))
+    for h in range(heads):
+        part = slice(h * N, (h + 1) * N)
+        S = np.zeros((N, N))  # [value i, key j]
+        for t in range(T):
+            now = np.outer(v[t, part], k[t, part])
+            y[t, part] = (S + bonus[h] * now) @ r[t, part]
+            S = S * decay[t, part] + now
+    return y
+
+
+def time_mix5(x, p, heads, v_first):
+    xk, xv, xr, xg = (mix(x, 1 - p[f"time_mix_{name}"][0, 0]) for name in "kvrg")
+    r, k, v = xr @ p["receptance.weight"].T, xk @ p["key.weight"].T, xv @ p["value.weight"].T
+    g = xg @ p["gate.weight"].T
+    decay = np.tile(np.exp(-np.exp(p["time_decay"].reshape(-1))), (len(x), 1))
+    y = wkv(r, k, v, decay, p["time_faaaa"], heads)
+    return group_norm(y, heads, p.under("ln_x")) * g * sigmoid(g) @ p["output.weight"].T, None
+
+
+def channel_mix5(x, p):
+    k = np.maximum(mix(x, 1 - p["time_mix_k"][0, 0]) @ p["key.weight"].T, 0) ** 2
+    return sigmoid(mix(x, 1 - p["time_mix_r"][0, 0]) @ p["receptance.weight"].T) * (k @ p["value.weight"].T)
+
+
 def time_mix6(x, p, heads, v_first):
-    T, C = x.shape
-    N = C // heads
-    low = np.tanh(mix(x, p["time_maa_x"][0, 0]) @ p["time_maa_w1"]).reshape(T, 5, -1)
+    low = np.tanh(mix(x, p["time_maa_x"][0, 0]) @ p["time_maa_w1"]).reshape(len(x), 5, -1)
     xw, xk, xv, xr, xg = (
         mix(x, p[f"time_maa_{name}"][0, 0] + low[:, i] @ p["time_maa_w2"][i]) for i, name in enumerate("wkvrg")
     )
     r, k, v = xr @ p["receptance.weight"].T, xk @ p["key.weight"].T, xv @ p["value.weight"].T
     g = xg @ p["gate.weight"].T
     decay = np.exp(-np.exp(p["time_decay"][0, 0] + np.tanh(xw @ p["time_decay_w1"]) @ p["time_decay_w2"]))
-    y = np.zeros((T, C))
-    for h in range(heads):
-        part = slice(h * N, (h + 1) * N)
-        S = np.zeros((N, N))  # [value i, key j]
-        for t in range(T):
-            kv = np.outer(v[t, part], k[t, part])
-            y[t, part] = (S + p["time_faaaa"][h] * kv) @ r[t, part]
-            S = S * decay[t, part] + kv
+    y = wkv(r, k, v, decay, p["time_faaaa"], heads)
     return group_norm(y, heads, p.under("ln_x")) * g * sigmoid(g) @ p["output.weight"].T, None
 
 
@@ -89,7 +108,7 @@ def channel_mix7(x, p):
     return np.maximum(mix(x, p["x_k"][0, 0]) @ p["key.weight"].T, 0) ** 2 @ p["value.weight"].T
 
 
-MIXERS = {6: (time_mix6, channel_mix6), 7: (time_mix7, channel_mix7)}
+MIXERS = {5: (time_mix5, channel_mix5), 6: (time_mix6, channel_mix6), 7: (time_mix7, channel_mix7)}
 
 
 def language_model(x, p, config):

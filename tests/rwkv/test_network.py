@@ -10,6 +10,7 @@ from visualrwkv.model import LANGUAGE_MODELS
 from visualrwkv.rwkv.network import Order
 
 CONFIGS = [
+    RWKVConfig(3, 32, 16, 70, version=5),
     RWKVConfig(4, 32, 16, 70, mix_rank=4, decay_rank=6),
     RWKVConfig(3, 32, 16, 70, version=7, decay_rank=6, rate_rank=4, value_rank=3, gate_rank=5),
 ]

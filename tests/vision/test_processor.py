@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visualrwkv.config import VisionConfig
+from visualrwkv.config import VRWKVConfig
 from visualrwkv.vision.processor import ImageProcessor, open_picture
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -140,7 +140,7 @@ def test_broken_bytes():
 
 
 def test_normalisation():
-    process = ImageProcessor(VisionConfig(1, 4, patch_size=1, image_size=2, mean=(0.5, 0.25, 0), std=(0.5, 0.25, 2)))
+    process = ImageProcessor(VRWKVConfig(1, 4, patch_size=1, image_size=2, mean=(0.5, 0.25, 0), std=(0.5, 0.25, 2)))
     picture = Image.fromarray(np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8))
     found = process(picture)
     assert found.dtype == torch.float32
@@ -149,7 +149,7 @@ def test_normalisation():
 
 
 def test_other_sizes_are_squashed_to_the_square(picture):
-    process = ImageProcessor(VisionConfig(1, 4, patch_size=8, image_size=16, mean=(0, 0, 0), std=(1, 1, 1)))
+    process = ImageProcessor(VRWKVConfig(1, 4, patch_size=8, image_size=16, mean=(0, 0, 0), std=(1, 1, 1)))
     found = process(picture())  # 40 × 32
     wanted = np.asarray(picture().resize((16, 16), Image.Resampling.BICUBIC)) / 255
     np.testing.assert_allclose(found.permute(1, 2, 0).numpy(), wanted, atol=1e-6)

@@ -5,12 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visualrwkv.config import VisionConfig
+from visualrwkv.checkpoint import load_vision
+from visualrwkv.config import VRWKVConfig
 from visualrwkv.vision.vrwkv import VRWKV, vrwkv
 
-PRE = VisionConfig(depth=3, width=16, patch_size=8, image_size=32, pos_grid=4)
-POST = VisionConfig(depth=3, width=16, patch_size=8, image_size=32, pos_grid=4, post_norm=True, layer_scale=0.7)
-PRE_SCALED = VisionConfig(depth=2, width=20, patch_size=4, image_size=16, pos_grid=4, layer_scale=0.5, ffn_rate=3)
+PRE = VRWKVConfig(depth=3, width=16, patch_size=8, image_size=32, pos_grid=4)
+POST = VRWKVConfig(depth=3, width=16, patch_size=8, image_size=32, pos_grid=4, post_norm=True, layer_scale=0.7)
+KEYED = VRWKVConfig(2, 16, patch_size=8, image_size=32, pos_grid=4, post_norm=True, layer_scale=0.7, key_norm=True)
+SIX = VRWKVConfig(2, 32, patch_size=8, image_size=32, pos_grid=4, kind="vrwkv6", head_size=16)
+SIX_POST = VRWKVConfig(*(2, 32, 8, 32, 4), post_norm=True, layer_scale=0.7, key_norm=True, kind="vrwkv6", head_size=16)
+PRE_SCALED = VRWKVConfig(depth=2, width=20, patch_size=4, image_size=16, pos_grid=4, layer_scale=0.5, ffn_rate=3)
 
 
 # The equations: patches (h, w, D) ------------------------------------------------------------------------------------
@@ -26,8 +30,10 @@ def layer_norm(x, weights, name):
     return normal * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
-def q_shift(x):
-    """Quarters of the channels from the left, the right, above, below; zero outside."""
+def q_shift(x, heads=1):
+    """Quarters of the channels (of every head) from the left, the right, above, below; zero outside."""
+    if heads > 1:
+        return np.concatenate([q_shift(part) for part in np.split(x, heads, -1)], -1)
     h, w, D = x.shape
     out = np.zeros_like(x)
     for quarter, (down, right) in enumerate([(0, -1), (0, 1), (-1, 0), (1, 0)]):
@@ -48,8 +54,12 @@ def bi_wkv(w, u, k, v):
     return y
 
 
-def mixed(x, mu, matrix):
-    return (x * mu[0, 0] + q_shift(x) * (1 - mu[0, 0])) @ matrix.T
+def mixed(x, mu, matrix, heads=1):
+    return (x * mu[0, 0] + q_shift(x, heads) * (1 - mu[0, 0])) @ matrix.T
+
+
+def key_norm(x, p, name):
+    return layer_norm(x, p, f"{name}.key_norm") if f"{name}.key_norm.weight" in p else x
 
 
 def spatial_mix(x, p, name):
@@ -60,12 +70,39 @@ def spatial_mix(x, p, name):
     y = bi_wkv(
         p[f"{name}.spatial_decay"] / T, p[f"{name}.spatial_first"] / T, k.reshape(T, D), v.reshape(T, D)
     ).reshape(x.shape)
-    return (sigmoid(r) * y) @ p[f"{name}.output.weight"].T
+    return (sigmoid(r) * key_norm(y, p, name)) @ p[f"{name}.output.weight"].T
 
 
-def channel_mix(x, p, name):
-    k = np.maximum(mixed(x, p[f"{name}.spatial_mix_k"], p[f"{name}.key.weight"]), 0) ** 2
-    r = mixed(x, p[f"{name}.spatial_mix_r"], p[f"{name}.receptance.weight"])
+def spatial_mix6(x, p, name, heads):
+    """Every pair of patches: how much is left of i's key at t, times what r reads of it."""
+    (h, w, D), T, N = x.shape, x.shape[0] * x.shape[1], x.shape[2] // heads
+    shift = q_shift(x, heads) - x
+    low = np.tanh((x + shift * p[f"{name}.time_maa_x"][0, 0]) @ p[f"{name}.time_maa_w1"]).reshape(h, w, 5, -1)
+    xw, xk, xv, xr, xg = (
+        (x + shift * (p[f"{name}.time_maa_{n}"][0, 0] + low[:, :, i] @ p[f"{name}.time_maa_w2"][i])).reshape(T, D)
+        for i, n in enumerate("wkvrg")
+    )
+    r, k, v, g = (
+        a @ p[f"{name}.{n}.weight"].T for a, n in ((xr, "receptance"), (xk, "key"), (xv, "value"), (xg, "gate"))
+    )
+    lost = np.exp(p[f"{name}.time_decay"][0, 0] + np.tanh(xw @ p[f"{name}.time_decay_w1"]) @ p[f"{name}.time_decay_w2"])
+    u = p[f"{name}.time_faaaa"].reshape(D)
+    y = np.zeros((T, D))
+    for t in range(T):
+        for i in range(T):
+            between = lost[min(i, t) + 1 : max(i, t)].sum(0)
+            weight = r[t] * k[i] * (u if i == t else np.exp(-between))
+            y[t] += weight.reshape(heads, N).sum(1).repeat(N) * v[i]
+    y = key_norm(y, p, name).reshape(T, heads, N)
+    y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
+    y = y.reshape(T, D) * p[f"{name}.ln_x.weight"] + p[f"{name}.ln_x.bias"]
+    return ((y * g * sigmoid(g)) @ p[f"{name}.output.weight"].T).reshape(x.shape)
+
+
+def channel_mix(x, p, name, heads):
+    k = np.maximum(mixed(x, p[f"{name}.spatial_mix_k"], p[f"{name}.key.weight"], heads), 0) ** 2
+    k = key_norm(k, p, name)
+    r = mixed(x, p[f"{name}.spatial_mix_r"], p[f"{name}.receptance.weight"], heads)
     return sigmoid(r) * (k @ p[f"{name}.value.weight"].T)
 
 
@@ -83,15 +120,20 @@ def encoder(picture, p, config, positions):
             patch = padded[:, i * size : (i + 1) * size, j * size : (j + 1) * size]
             x[i, j] = (kernel * patch).sum((1, 2, 3)) + p["patch_embed.projection.bias"] + positions[i, j]
     x = layer_norm(x, p, "layers.0.ln0")
+    heads = config.width // config.head_size if config.kind == "vrwkv6" else 1
+
+    def att(x, name):
+        return spatial_mix6(x, p, name, heads) if config.kind == "vrwkv6" else spatial_mix(x, p, name)
+
     for i in range(config.depth):
         at = f"layers.{i}"
         g1, g2 = p.get(f"{at}.gamma1", 1.0), p.get(f"{at}.gamma2", 1.0)
         if config.post_norm:
-            x = x + g1 * layer_norm(spatial_mix(x, p, f"{at}.att"), p, f"{at}.ln1")
-            x = x + g2 * layer_norm(channel_mix(x, p, f"{at}.ffn"), p, f"{at}.ln2")
+            x = x + g1 * layer_norm(att(x, f"{at}.att"), p, f"{at}.ln1")
+            x = x + g2 * layer_norm(channel_mix(x, p, f"{at}.ffn", heads), p, f"{at}.ln2")
         else:
-            x = x + g1 * spatial_mix(layer_norm(x, p, f"{at}.ln1"), p, f"{at}.att")
-            x = x + g2 * channel_mix(layer_norm(x, p, f"{at}.ln2"), p, f"{at}.ffn")
+            x = x + g1 * att(layer_norm(x, p, f"{at}.ln1"), f"{at}.att")
+            x = x + g2 * channel_mix(layer_norm(x, p, f"{at}.ln2"), p, f"{at}.ffn", heads)
     return layer_norm(x, p, "ln1").reshape(h * w, -1)
 
 
@@ -120,7 +162,10 @@ def table(net, h, w):
     return F.interpolate(stored.permute(2, 0, 1)[None].float(), (h, w), mode="bicubic")[0].permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("config", [PRE, POST, PRE_SCALED], ids=["pre", "post", "pre-scaled"])
+CONFIGS = {"pre": PRE, "post": POST, "pre-scaled": PRE_SCALED, "keyed": KEYED, "six": SIX, "six-post": SIX_POST}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_equals_the_equations(make, config):
     net = make(config)
     images = pictures(config.image_size, config.image_size)
@@ -181,20 +226,59 @@ def public_shapes(depth, C, grid, scaled):
 
 
 @pytest.mark.parametrize(
-    ("config", "count", "tensors"),
+    ("name", "count", "tensors"),
     [
-        (VisionConfig(depth=12, width=192), 5_962_176, 223),
-        (VisionConfig(depth=12, width=384, post_norm=True, layer_scale=1.0), 23_435_136, 247),
+        ("vrwkv_t", 6_155_176, 225),
+        ("vrwkv_s", 23_820_136, 249),
+        ("vrwkv_b", 93_645_544, 249),
+        ("vrwkv_l", 334_881_768, 587),
+        ("vrwkv6_t", 7_641_256, 345),
+        ("vrwkv6_s", 27_677_032, 369),
+        ("vrwkv6_b", 104_898_280, 369),
     ],
-    ids=["VRWKV-T", "VRWKV-S"],
 )
-def test_released_sizes(config, count, tensors):
+def test_released_sizes(name, count, tensors):
     with torch.device("meta"):
-        net = VRWKV(config)
+        net = vrwkv(name)
     shapes = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    assert shapes == public_shapes(12, config.width, 14, bool(config.layer_scale))
     assert len(shapes) == tensors
     assert sum(p.numel() for p in net.parameters()) == count
+    if name in ("vrwkv_t", "vrwkv_s", "vrwkv_b"):
+        wanted = public_shapes(12, net.config.width, 14, bool(net.config.layer_scale))
+        assert shapes == wanted | {"head.fc.weight": (1000, net.config.width), "head.fc.bias": (1000,)}
+
+
+@pytest.mark.parametrize("name", ["vrwkv_t", "vrwkv6_t"])
+@pytest.mark.parametrize("container", ["state_dict", "model", None])
+def test_an_official_checkpoint_opens_by_name_and_without_it(tmp_path, name, container):
+    torch.manual_seed(0)
+    net = vrwkv(name).eval()
+    weights = {k if k.startswith("head.") else f"backbone.{k}": v for k, v in net.state_dict().items()}
+    torch.save({container: weights, "meta": {"epoch": 300}} if container else weights, tmp_path / "official.pth")
+    by_name, by_shape = vrwkv(name, weights=tmp_path / "official.pth"), load_vision(tmp_path / "official.pth")
+    images = torch.randn(1, 3, 64, 40, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        features = net(images)
+        wanted = features.mean(1) @ net.head["fc"].weight.T + net.head["fc"].bias
+        for found in (by_name, by_shape):
+            assert found.config == net.config
+            torch.testing.assert_close(found.forward_head(found(images)), wanted, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"official\.pth does not fit the model: missing layers"):
+        vrwkv("vrwkv_s", weights=tmp_path / "official.pth")
+
+
+def test_the_large_head_has_two_layers(randomise):
+    config = VRWKVConfig(2, 16, 8, 32, 4, classes=7, head_width=24)
+    net = randomise(VRWKV(config))
+    features = net(torch.randn(2, 3, 32, 32))
+    first, last = net.head[0], net.head[2]
+    wanted = torch.tanh(features.mean(1) @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    torch.testing.assert_close(net.forward_head(features), wanted)
+    assert [k for k in net.state_dict() if k.startswith("head")] == [
+        f"head.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")
+    ]
+    with pytest.raises(ValueError, match="no classifier"):
+        VRWKV(PRE).forward_head(features)
 
 
 def test_layer_scale_starts_at_its_value():

@@ -39,6 +39,10 @@ class TimeMix(nn.Module):
             self.v0 = nn.Parameter(torch.empty(1, 1, C))
             self.v1 = nn.Parameter(torch.empty(C, config.value_rank))
             self.v2 = nn.Parameter(torch.empty(config.value_rank, C))
+        elif config.first_value:  # some public files hold them; kept so that nothing of a file is lost, and not trained
+            self.register_buffer("v0", torch.zeros(1, 1, C))
+            self.register_buffer("v1", torch.zeros(C, config.value_rank))
+            self.register_buffer("v2", torch.zeros(config.value_rank, C))
         self.g1 = nn.Parameter(torch.empty(C, config.gate_rank))
         self.g2 = nn.Parameter(torch.empty(config.gate_rank, C))
         self.k_k = nn.Parameter(torch.empty(1, 1, C))

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from visualrwkv.config import ImagePosition, ModelConfig
 from visualrwkv.text.prompt import IGNORE, IMAGE_TAG, encode_conversation
-from visualrwkv.vision.processor import ImageProcessor
+from visualrwkv.vision.processor import make_processor
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Conversations(Dataset):
     def __init__(self, path: Path, images: Path, model: ModelConfig, image_position: ImagePosition = "middle"):
         self.path, self.images = path, images
         self.image_tokens, self.image_position = model.image_tokens, image_position
-        self.processor = ImageProcessor(model.vision) if model.vision else None
+        self.processor = make_processor(model.vision) if model.vision else None
         self.records = read_records(path)
         self.lengths: list[int] = []
         self.words: set[int] = set()  # every id that occurs

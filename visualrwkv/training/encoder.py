@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visualrwkv.checkpoint import save_vision
-from visualrwkv.config import VISION_PRESETS, VisionConfig, preset
+from visualrwkv.config import VISION_PRESETS, VRWKVConfig, preset
 from visualrwkv.training.progress import Bar
 from visualrwkv.training.recipes import EncoderRecipe
 from visualrwkv.training.scene_questions import COLOURS, KINDS, SEEN
@@ -116,7 +116,7 @@ def load_pictures(folder: Path, names: list[str]) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(Image.open(folder / n))).permute(2, 0, 1) for n in names])
 
 
-def normalise(pictures: Tensor, config: VisionConfig) -> Tensor:
+def normalise(pictures: Tensor, config: VRWKVConfig) -> Tensor:
     """Pictures (B, 3, H, W), 0 to 255 -> what `ImageProcessor` gives."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
     return (pictures.float() / 255 - mean) / std

@@ -22,6 +22,27 @@ class GatedProjector(nn.Module):
         return self.ln_v(self.o_proj(x * torch.sigmoid(self.gate(x))))
 
 
+class OutputGatedProjector(nn.Module):
+    """y = O(h · σ(G h)) with h = P x: the projector of the HD releases. UHD has y = O(relu(h)), and G in its files."""
+
+    def __init__(self, width: int, n_embd: int, relu: bool = False):
+        super().__init__()
+        self.proj = nn.Linear(width, n_embd, bias=False)
+        self.gate = nn.Linear(n_embd, n_embd, bias=False)
+        self.o_proj = nn.Linear(n_embd, n_embd, bias=False)
+        self.relu = relu
+        self.gate.requires_grad_(not relu)  # nothing reads it there
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., C)."""
+        h = self.proj(x)
+        return self.o_proj(torch.relu(h) if self.relu else h * torch.sigmoid(self.gate(h)))
+
+
 def make_projector(kind: ProjectorKind, width: int, n_embd: int) -> nn.Module:
     """The projector of that kind: (..., width) -> (..., n_embd)."""
-    return GatedProjector(width, n_embd) if kind == "gated" else nn.Linear(width, n_embd, bias=False)
+    if kind == "gated":
+        return GatedProjector(width, n_embd)
+    if kind == "linear":
+        return nn.Linear(width, n_embd, bias=False)
+    return OutputGatedProjector(width, n_embd, relu=kind == "relu")

@@ -1,6 +1,6 @@
 """A scan is a permutation: the orders in which successive blocks read the image tokens.
 
-T tokens of a packed row, I pictures, M = side² image tokens each.
+T tokens of a packed row, I pictures, M image tokens each.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from torch import Tensor
 from visualrwkv.config import SCANS, Scan, choose
 
 
-def scan_orders(kind: Scan, side: int) -> list[Tensor | None]:
+def scan_orders(kind: Scan, side: int, extra: int = 0) -> list[Tensor | None]:
     """The orders of a scan over a side × side grid; block i reads in order i mod their number (None: row by row).
 
-    `uni` rows; `bi` rows, reversed rows; `multi` rows, reversed rows, columns, reversed columns. Each order is (M,).
+    `uni` rows; `bi` rows, reversed rows; `multi` rows, reversed rows, columns, reversed columns. Each order is (M,),
+    M = side² + extra: the extra tokens after the grid, such as a class token, stay where they are.
     """
     choose("scan", kind, SCANS)
     rows = torch.arange(side * side, device="cpu")  # data, even while a model is laid out on the meta device
     columns = rows.view(side, side).T.flatten()
-    every: list[Tensor | None] = [None, rows.flip(0), columns, columns.flip(0)]
+    last = torch.arange(side * side, side * side + extra, device="cpu")
+    turned = [torch.cat((order, last)) for order in (rows.flip(0), columns, columns.flip(0))]
+    every: list[Tensor | None] = [None, *turned]
     return every[: {"uni": 1, "bi": 2, "multi": 4}[kind]]
 
 

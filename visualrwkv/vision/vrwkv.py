@@ -1,34 +1,38 @@
 """Vision-RWKV, arXiv 2403.02308: a bidirectional RWKV over patches, at linear cost in their number.
 
+Two families: `vrwkv` mixes by `bi_wkv`, with decays over distance; `vrwkv6` by the recurrence of RWKV-6 in both directions.
 Names of parameters are those of the public classification checkpoints without their `backbone.` prefix.
-B pictures, P = h·w patches in row-major order, D width.
+B pictures, P = h·w patches in row-major order, D width, H heads, N head size.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visualrwkv.config import VISION_PRESETS, VisionConfig, preset
-from visualrwkv.ops import bi_wkv
+from visualrwkv.config import VISION_PRESETS, VRWKVConfig, preset
+from visualrwkv.files import fill, read_tensors
+from visualrwkv.ops import bi_wkv, bidirectional_wkv6
 
 
-def q_shift(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Each patch's neighbours: a quarter of the channels each from the left, the right, above, below; zero at borders.
+def q_shift(x: Tensor, grid: tuple[int, int], heads: int = 1) -> Tensor:
+    """Each patch's neighbours: a quarter of every head's channels each from the left, the right, above, below; zero at
+    borders.
 
     x (B, P, D) -> (B, P, D). The order of the quarters is that of the released checkpoints, not of the paper's eq. 9.
     """
     B, P, D = x.shape
-    q = D // 4
-    x = x.view(B, *grid, D)
+    q = D // heads // 4
+    x = x.view(B, *grid, heads, D // heads)
     out = torch.zeros_like(x)
-    out[:, :, 1:, :q] = x[:, :, :-1, :q]
-    out[:, :, :-1, q : 2 * q] = x[:, :, 1:, q : 2 * q]
-    out[:, 1:, :, 2 * q : 3 * q] = x[:, :-1, :, 2 * q : 3 * q]
-    out[:, :-1, :, 3 * q : 4 * q] = x[:, 1:, :, 3 * q : 4 * q]
+    out[:, :, 1:, :, :q] = x[:, :, :-1, :, :q]
+    out[:, :, :-1, :, q : 2 * q] = x[:, :, 1:, :, q : 2 * q]
+    out[:, 1:, :, :, 2 * q : 3 * q] = x[:, :-1, :, :, 2 * q : 3 * q]
+    out[:, :-1, :, :, 3 * q : 4 * q] = x[:, 1:, :, :, 3 * q : 4 * q]
     out[..., 4 * q :] = x[..., 4 * q :]
     return out.view(B, P, D)
 
@@ -36,7 +40,7 @@ def q_shift(x: Tensor, grid: tuple[int, int]) -> Tensor:
 class SpatialMix(nn.Module):
     """Mixes over patches with the bidirectional `bi_wkv`."""
 
-    def __init__(self, config: VisionConfig, layer: int):
+    def __init__(self, config: VRWKVConfig, layer: int):
         super().__init__()
         D = config.width
         rho, tau = layer / max(config.depth - 1, 1), 1 - layer / config.depth
@@ -51,6 +55,7 @@ class SpatialMix(nn.Module):
         self.value = nn.Linear(D, D, bias=False)
         self.receptance = nn.Linear(D, D, bias=False)
         self.output = nn.Linear(D, D, bias=False)
+        self.key_norm = nn.LayerNorm(D) if config.key_norm else nn.Identity()
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, P, D) -> (B, P, D)."""
@@ -59,27 +64,75 @@ class SpatialMix(nn.Module):
         k = self.key(s.lerp(x, self.spatial_mix_k))  # μ·x + (1 − μ)·shift(x)
         v = self.value(s.lerp(x, self.spatial_mix_v))
         r = self.receptance(s.lerp(x, self.spatial_mix_r))
-        y = bi_wkv(self.spatial_decay / T, self.spatial_first / T, k, v)
+        y = self.key_norm(bi_wkv(self.spatial_decay / T, self.spatial_first / T, k, v))
         return self.output(torch.sigmoid(r) * y)
+
+
+class SpatialMix6(nn.Module):
+    """Mixes over patches with `bidirectional_wkv6`, token shift and decay depending on the data as in RWKV-6."""
+
+    def __init__(self, config: VRWKVConfig, layer: int):
+        super().__init__()
+        D, N = config.width, config.head_size
+        self.n_head, self.head_size = D // N, N
+        rho, tau = layer / max(config.depth - 1, 1), 1 - layer / config.depth
+        i = torch.arange(D)
+        mix, ramp = (i / D).view(1, 1, D), i / (D - 1)
+        self.time_maa_x = nn.Parameter(1 - mix**tau)
+        self.time_maa_w = nn.Parameter(1 - mix**tau)
+        self.time_maa_k = nn.Parameter(1 - mix**tau)
+        self.time_maa_v = nn.Parameter(1 - (mix**tau + 0.3 * rho))
+        self.time_maa_r = nn.Parameter(1 - mix ** (0.5 * tau))
+        self.time_maa_g = nn.Parameter(1 - mix ** (0.5 * tau))
+        self.time_maa_w1 = nn.Parameter(torch.empty(D, 5 * 32).uniform_(-1e-4, 1e-4))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, 32, D).uniform_(-1e-4, 1e-4))
+        self.time_decay = nn.Parameter((-6 + 5 * ramp ** (0.7 + 1.3 * rho)).view(1, 1, D))
+        self.time_decay_w1 = nn.Parameter(torch.empty(D, 64).uniform_(-1e-4, 1e-4))
+        self.time_decay_w2 = nn.Parameter(torch.empty(64, D).uniform_(-1e-4, 1e-4))
+        self.time_faaaa = nn.Parameter((rho * (1 - ramp) + 0.1 * ((i + 1) % 3 - 1)).view(-1, N))
+        self.receptance = nn.Linear(D, D, bias=False)
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D, bias=False)
+        self.gate = nn.Linear(D, D, bias=False)
+        self.output = nn.Linear(D, D, bias=False)
+        self.key_norm = nn.LayerNorm(D) if config.key_norm else nn.Identity()
+        self.ln_x = nn.GroupNorm(self.n_head, D)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, P, D) -> (B, P, D)."""
+        B, P, D = x.shape
+        shift = q_shift(x, grid, self.n_head) - x
+        low = torch.tanh((x + shift * self.time_maa_x) @ self.time_maa_w1)
+        delta = torch.einsum("bpnr,nrd->nbpd", low.view(B, P, 5, -1), self.time_maa_w2)
+        maa = torch.stack([self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g])
+        xw, xk, xv, xr, xg = (x + shift * (maa + delta)).unbind(0)
+        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        r, k, v, w = (
+            t.view(B, P, self.n_head, self.head_size) for t in (self.receptance(xr), self.key(xk), self.value(xv), w)
+        )
+        y = self.key_norm(bidirectional_wkv6(r, k, v, w, self.time_faaaa).flatten(2))
+        return self.output(self.ln_x(y.flatten(0, 1)).view(B, P, D) * F.silu(self.gate(xg)))
 
 
 class ChannelMix(nn.Module):
     """Mixes over channels: squared ReLU with a receptance gate, after the same four-way shift."""
 
-    def __init__(self, config: VisionConfig, layer: int):
+    def __init__(self, config: VRWKVConfig, layer: int):
         super().__init__()
         D = config.width
+        self.n_head = D // config.head_size if config.kind == "vrwkv6" else 1
         mix = (torch.arange(D) / D).view(1, 1, D) ** (1 - layer / config.depth)
         self.spatial_mix_k = nn.Parameter(mix.clone())
         self.spatial_mix_r = nn.Parameter(mix.clone())
         self.key = nn.Linear(D, config.ffn_rate * D, bias=False)
         self.receptance = nn.Linear(D, D, bias=False)
         self.value = nn.Linear(config.ffn_rate * D, D, bias=False)
+        self.key_norm = nn.LayerNorm(config.ffn_rate * D) if config.key_norm else nn.Identity()
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, P, D) -> (B, P, D)."""
-        s = q_shift(x, grid)
-        k = torch.relu(self.key(s.lerp(x, self.spatial_mix_k))).square()
+        s = q_shift(x, grid, self.n_head)
+        k = self.key_norm(torch.relu(self.key(s.lerp(x, self.spatial_mix_k))).square())
         r = self.receptance(s.lerp(x, self.spatial_mix_r))
         return torch.sigmoid(r) * self.value(k)
 
@@ -87,14 +140,14 @@ class ChannelMix(nn.Module):
 class Block(nn.Module):
     """Spatial mix, then channel mix; the norm before them or, in the larger members of the family, after them."""
 
-    def __init__(self, config: VisionConfig, layer: int):
+    def __init__(self, config: VRWKVConfig, layer: int):
         super().__init__()
         D = config.width
         if layer == 0:
             self.ln0 = nn.LayerNorm(D)
         self.ln1 = nn.LayerNorm(D)
         self.ln2 = nn.LayerNorm(D)
-        self.att = SpatialMix(config, layer)
+        self.att = (SpatialMix6 if config.kind == "vrwkv6" else SpatialMix)(config, layer)
         self.ffn = ChannelMix(config, layer)
         self.layer, self.post_norm = layer, config.post_norm
         self.gamma1: nn.Parameter | float = 1.0
@@ -118,7 +171,7 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """A convolution whose stride is the patch; sizes that do not divide are padded with zeros at the right and bottom."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VRWKVConfig):
         super().__init__()
         self.patch = config.patch_size
         self.projection = nn.Conv2d(3, config.width, self.patch, self.patch)
@@ -129,10 +182,23 @@ class PatchEmbed(nn.Module):
         return self.projection(F.pad(pixels, (0, -W % self.patch, 0, -H % self.patch)))
 
 
+class Head(nn.ModuleDict):
+    """The classifier of the smaller members of the family: one layer, by its public name."""
+
+    def __init__(self, width: int, classes: int):
+        super().__init__({"fc": nn.Linear(width, classes)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, classes)."""
+        return self["fc"](x)
+
+
 class VRWKV(nn.Module):
     """The encoder. Takes any picture size; the position table is interpolated to its grid."""
 
-    def __init__(self, config: VisionConfig):
+    config: VRWKVConfig
+
+    def __init__(self, config: VRWKVConfig):
         super().__init__()
         self.config = config
         self.pos_embed = nn.Parameter(torch.zeros(1, config.pos_grid**2, config.width))
@@ -142,6 +208,17 @@ class VRWKV(nn.Module):
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
+        D, hidden, classes = config.width, config.head_width, config.classes
+        self.head: nn.Module | None = None
+        if hidden:
+            self.head = nn.Sequential(nn.Linear(D, hidden), nn.Tanh(), nn.Linear(hidden, classes))
+        elif classes:
+            self.head = Head(D, classes)
+
+    def grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Patches down and across pictures (B, 3, H, W)."""
+        size = self.config.patch_size
+        return -(-pixels.shape[-2] // size), -(-pixels.shape[-1] // size)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table for a grid of patches -> (1, h·w, D)."""
@@ -161,7 +238,24 @@ class VRWKV(nn.Module):
             x = layer(x, grid)
         return self.ln1(x)
 
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Patches (B, P, D), as `forward` gives them -> logits (B, classes)."""
+        if self.head is None:
+            raise ValueError("this encoder has no classifier; its config says classes = 0")
+        return self.head(features.mean(1))
 
-def vrwkv(name: str) -> VRWKV:
-    """A freshly initialised encoder of a preset size; ValueError names the sizes there are."""
-    return VRWKV(preset(VISION_PRESETS, name, "vision preset"))
+
+def vrwkv(name: str, weights: str | Path | None = None) -> VRWKV:
+    """An encoder of a preset size, freshly initialised or with the weights of an official classification checkpoint.
+
+    ValueError names the sizes there are, or what in the file does not fit.
+    """
+    net = VRWKV(preset(VISION_PRESETS, name, "vision preset"))
+    if weights is not None:
+        fill(net, official_names(read_tensors(weights)), weights)
+    return net
+
+
+def official_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an official checkpoint by our names: without `module.` and `backbone.`."""
+    return {k.removeprefix("module.").removeprefix("backbone."): v for k, v in weights.items()}

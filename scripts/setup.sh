@@ -2,6 +2,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=$PWD/.venv
+export TORCH_EXTENSIONS_DIR=$VENV/torch_extensions  # of this environment: another's would be compiled anew at every change
 stamp=$(cat constraints.txt pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)
 if [[ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$stamp" ]]; then
     started=$SECONDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,9 +23,15 @@ from visualrwkv.vision.processor import Picture, make_processor
 Pictures = Picture | Sequence[Picture] | None
 
 
-def load(path: str | Path, *, device: str = "cpu", dtype: str = "float32") -> VLM:
-    """Open a model together with its tokenizer and image processor; formats and errors as `load_model`."""
-    return VLM(load_model(path, device, dtype))
+def load(
+    path: str | Path,
+    vision: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    **overrides: Any,
+) -> VLM:
+    """Open a model together with its tokenizer and image processor; formats, overrides and errors as `load_model`."""
+    return VLM(load_model(path, device, dtype, vision=vision, **overrides))
 
 
 def as_list(pictures: Pictures) -> list[Picture]:

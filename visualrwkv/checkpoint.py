@@ -32,6 +32,7 @@ from visualrwkv.files import (
     read_json,
     read_tensors,
     write_directory,
+    write_whole,
 )
 from visualrwkv.formats import infer_meeting, infer_rwkv, infer_vision, projector_input, public_names
 from visualrwkv.model import VisualRWKV
@@ -40,7 +41,18 @@ from visualrwkv.vision.openclip import open_clip_config, transformers_names
 from visualrwkv.vision.vit import transformers_config
 from visualrwkv.vision.vrwkv import official_names
 
-__all__ = ["CONFIG", "WEIGHTS", "compose", "load_model", "load_vision", "read_config", "save_model", "save_vision"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "compose",
+    "convert",
+    "describe",
+    "load_model",
+    "load_vision",
+    "read_config",
+    "save_model",
+    "save_vision",
+]
 
 FORMAT, VISION_FORMAT = "visualrwkv", "visualrwkv-vision"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,7 +109,7 @@ def read_model(
         return ModelConfig(rwkv), weights
     found = infer_vision(encoder, place, projector_input(weights))
     _, meet = infer_meeting(rwkv, found, weights)
-    return ModelConfig(rwkv, found, **{**vars(meet), **changes}), weights
+    return ModelConfig(rwkv, found, **{**meet.settings(found), **changes}), weights
 
 
 def is_ours(place: Path) -> bool:
@@ -198,6 +210,64 @@ def save_vision(vit: Encoder, directory: str | Path) -> None:
     write_directory(Path(directory), {"format": VISION_FORMAT, "vision": asdict(vit.config)}, vit.state_dict())
 
 
+def convert(path: str | Path, out: Path, vision: str | Path | None = None, **overrides: Any) -> ModelConfig:
+    """Write any model as our directory or, where `out` ends in .pth, in the public layout; every number stays as it is.
+
+    In a public file the language model alone has no `rwkv.` before its names. Returns the config; errors as `load_model`,
+    and nothing is written then.
+    """
+    place = locate(path)
+    config, weights = read_model(place, None if vision is None else locate(vision), overrides)
+    build(VisualRWKV, config, weights, place)  # strict
+    if out.suffix == ".pth":
+        bare = config.vision is None
+        table = {k.removeprefix("rwkv.") if bare else k: v.contiguous() for k, v in weights.items()}
+        write_whole({out: lambda part: torch.save(table, part)})
+    else:
+        write_directory(out, {"format": FORMAT, **config.to_dict()}, weights)
+    return config
+
+
+def describe(path: str | Path, vision: str | Path | None = None, **overrides: Any) -> dict[str, str]:
+    """What a model file or directory holds, by the names of the facts; its numbers are not read. Errors as `load_model`."""
+    place = locate(path)
+    config, weights = read_model(place, None if vision is None else locate(vision), overrides)
+    rwkv, count = config.rwkv, {"rwkv": 0, "vit": 0, "proj": 0}
+    for name, x in weights.items():
+        count[name.split(".")[0]] += x.numel()
+    total = sum(count.values())
+    dtypes = sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()})
+    state = 4 * rwkv.n_layer * (2 * rwkv.n_embd + rwkv.n_embd * rwkv.head_size)
+    facts = {
+        "file": str(place),
+        "format": "ours" if is_ours(place) else "public",
+        "language model": f"RWKV-{rwkv.version}, {rwkv.n_layer} layers of {rwkv.n_embd}, {rwkv.n_head} heads of "
+        f"{rwkv.head_size}, vocabulary {rwkv.vocab_size:,}, {count['rwkv']:,} parameters",
+    }
+    if config.vision:
+        like = "" if is_ours(place) else f", as in {infer_meeting(rwkv, config.vision, weights)[0]}"
+        encoder = config.vision
+        facts |= {
+            "vision encoder": f"{encoder.kind}, {encoder.grid} x {encoder.grid} patches of width {encoder.width}, "
+            f"{count['vit']:,} parameters",
+            "projector": f"{config.projector}, {count['proj']:,} parameters",
+            "pictures": f"{config.image_tokens} image tokens, scan {config.scan}, position {config.image_position}{like}",
+        }
+    return facts | {
+        "stored as": ", ".join(dtypes),
+        "memory": ", ".join(f"{size(total * x.itemsize)} in {name}" for name, x in DTYPES.items()),
+        "state of a session": size(state),
+    }
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= one:
+            return f"{count / one:.3g} {unit}"
+    return f"{count} bytes"
+
+
 # Joining -------------------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +279,7 @@ def compose(lm: str | Path, vision: str | Path, name: str = "nano", **overrides:
     meet = preset(MEET_PRESETS, name, "preset")
     language = load_model(lm)
     vit = load_vision(vision)
-    settings = {**vars(meet), **{k: v for k, v in overrides.items() if v is not None}}
+    settings = {**meet.settings(vit.config), **{k: v for k, v in overrides.items() if v is not None}}
     model = VisualRWKV(ModelConfig(language.config.rwkv, vit.config, **settings))
     model.rwkv, model.vit = language.rwkv, vit
     return model

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+import tyro
 
 from visualrwkv.commandline import parse, run
 
@@ -33,7 +36,33 @@ class Compose:
 
 
 @dataclass(frozen=True)
-class Info:
+class Told:
+    """What a released file does not hold, where it is not what its kind is taken for."""
+
+    vision: str | None = None  # the second file of a release in two parts
+    image_tokens: int | None = None
+    scan: str | None = None
+    image_position: str | None = None
+    projector: str | None = None
+
+
+@dataclass(frozen=True)
+class Info(Told):
+    """Say what a model file or directory holds."""
+
+    file: tyro.conf.Positional[str] = tyro.MISSING
+
+
+@dataclass(frozen=True)
+class Convert(Told):
+    """Write any model as a directory of ours or, where OUT ends in .pth, in the public layout."""
+
+    file: tyro.conf.Positional[str] = tyro.MISSING
+    out: tyro.conf.Positional[Path] = tyro.MISSING
+
+
+@dataclass(frozen=True)
+class KernelsInfo:
     """Say which compiled kernels are in use."""
 
 
@@ -85,6 +114,31 @@ def compose(args: list[str]) -> None:
     print(f"wrote {options.out}")
 
 
+def told(options: Told) -> dict[str, Any]:
+    """What the options say of a file."""
+    return {field.name: getattr(options, field.name) for field in fields(Told)}
+
+
+def info(args: list[str]) -> None:
+    options = parse(Info, args)
+
+    from visualrwkv.checkpoint import describe
+
+    for name, value in describe(options.file, **told(options)).items():
+        print(f"{name:<20}{value}")
+
+
+def convert(args: list[str]) -> None:
+    options = parse(Convert, args)
+
+    from visualrwkv.checkpoint import convert as write
+
+    config = write(options.file, options.out, **told(options))
+    if config.vision:
+        print(f"{config.image_tokens} image tokens, scan {config.scan}, position {config.image_position}")
+    print(f"wrote {options.out}")
+
+
 def kernels(args: list[str]) -> None:
     act, *rest = args or [""]
     if act not in ("build", "info"):
@@ -94,13 +148,13 @@ def kernels(args: list[str]) -> None:
 
         build(rest)
     else:
-        parse(Info, rest)
+        parse(KernelsInfo, rest)
         from visualrwkv.ops.library import describe
 
         print(*describe(), sep="\n")
 
 
-COMMANDS = {"chat": chat, "compose": compose, "kernels": kernels}
+COMMANDS = {"chat": chat, "compose": compose, "convert": convert, "info": info, "kernels": kernels}
 
 
 def main() -> None:

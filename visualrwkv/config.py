@@ -309,18 +309,22 @@ class MeetPreset:
     """How a language model and an encoder are joined when a new model is composed for stage 1."""
 
     projector: ProjectorKind
-    image_tokens: int
+    image_tokens: int  # 0: as many as the encoder has patches, and its class token
     scan: Scan
     image_position: ImagePosition = "middle"
+
+    def settings(self, vision: VisionConfig) -> dict[str, Any]:
+        """The settings of a ModelConfig with that encoder."""
+        return {**vars(self), "image_tokens": self.image_tokens or vision.grid**2 + vision.cls_token}
 
 
 MEET_PRESETS: dict[str, MeetPreset] = {
     "nano": MeetPreset(projector="gated", image_tokens=16, scan="bi"),
-    "v6.0": MeetPreset(projector="linear", image_tokens=577, scan="bi"),
-    "HD": MeetPreset(projector="output_gated", image_tokens=1024, scan="bi"),
-    "UHD": MeetPreset(projector="relu", image_tokens=1024, scan="bi"),
-    "v7.00": MeetPreset(projector="gated", image_tokens=1024, scan="uni", image_position="first"),
-    "v7.01": MeetPreset(projector="gated", image_tokens=256, scan="uni", image_position="first"),
+    "v6.0": MeetPreset(projector="linear", image_tokens=0, scan="bi"),
+    "HD": MeetPreset(projector="output_gated", image_tokens=0, scan="bi"),
+    "UHD": MeetPreset(projector="relu", image_tokens=0, scan="bi"),
+    "v7.00": MeetPreset(projector="gated", image_tokens=0, scan="uni", image_position="first"),
+    "v7.01": MeetPreset(projector="gated", image_tokens=0, scan="uni", image_position="first"),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +264,7 @@ def infer_meeting(rwkv: RWKVConfig, vision: VisionConfig, weights: Tensors) -> t
     else:
         name = "v6.0"
     meet = MEET_PRESETS[name]
-    tokens = vision.grid**2 + vision.cls_token  # as many as there are patches, in all releases that are known
-    return name, MeetPreset(infer_projector(weights, meet), tokens, meet.scan, meet.image_position)
+    return name, replace(meet, projector=infer_projector(weights, meet))
 
 
 def infer_projector(weights: Tensors, meet: MeetPreset) -> ProjectorKind:

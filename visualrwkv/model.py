@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,19 @@ IMAGE_PLACEHOLDER = 65535
 """The id whose seat an image token takes; the World vocabulary does not define it."""
 
 LANGUAGE_MODELS: dict[int, type[RWKV]] = {5: RWKV5, 6: RWKV6, 7: RWKV7}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Pictures that the vision encoder has read before: what `encode` gave (I, M, D). Goes wherever pixels go."""
+
+    features: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+Images = Tensor | Sequence[Tensor] | Encoded
 
 
 class VisualRWKV(nn.Module):
@@ -55,16 +69,19 @@ class VisualRWKV(nn.Module):
         patches, extra = features[:, :count], features[:, count:]
         return torch.cat((pool(patches, grid, self.config.token_grid), extra), 1)
 
-    def embed_image(self, pixels: Tensor) -> Tensor:
-        """Normalised pictures (I, 3, H, W) -> image tokens (I, M, C)."""
+    def embed_image(self, images: Images) -> Tensor:
+        """Normalised pictures (I, 3, H, W), or a list of them, or encoded ones -> image tokens (I, M, C)."""
         if self.vit is None or self.proj is None:
             raise ValueError("this model has no vision encoder; it answers text only")
-        return self.proj(self.encode(pixels))
+        if isinstance(images, Encoded):
+            return self.proj(images.features.to(self.device))
+        return self.proj(self.encode(images if isinstance(images, Tensor) else torch.stack(list(images))))
 
-    def splice(self, ids: Tensor, images: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+    def splice(self, ids: Tensor, images: Images | None) -> tuple[Tensor, Tensor]:
         """Embeddings with the image tokens in their seats: ids (T,) -> x (T, C), is_image (T,).
 
-        images: pixels (I, 3, H, W) or a list of (3, H, W) in the order of their placeholders, M of which stand for each.
+        images: pixels (I, 3, H, W), a list of (3, H, W), or `Encoded` features, in the order of their placeholders, M of
+        which stand for each.
         """
         is_image = ids == IMAGE_PLACEHOLDER
         count = 0 if images is None else len(images)
@@ -75,8 +92,7 @@ class VisualRWKV(nn.Module):
             )
         x = self.rwkv.emb(ids.masked_fill(is_image, 0))
         if images is not None and count:
-            pixels = images if isinstance(images, Tensor) else torch.stack(list(images))
-            tokens = self.embed_image(pixels).flatten(0, 1)
+            tokens = self.embed_image(images).flatten(0, 1)
             x = x.masked_scatter(is_image[:, None], tokens.to(x.dtype))
         return x, is_image
 
@@ -89,7 +105,7 @@ class VisualRWKV(nn.Module):
     def hidden(
         self,
         ids: Tensor,
-        images: Tensor | Sequence[Tensor] | None = None,
+        images: Images | None = None,
         state: State | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State]:
@@ -109,7 +125,7 @@ class VisualRWKV(nn.Module):
     def forward(
         self,
         ids: Tensor,
-        images: Tensor | Sequence[Tensor] | None = None,
+        images: Images | None = None,
         state: State | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State]:

@@ -66,7 +66,22 @@ def test_records_side_by_side(folder, config, position):
     assert batch.samples == 3
     red, blue = (data.processor(folder / "images" / f"{name}.png") for name in ("red", "blue"))
     torch.testing.assert_close(batch.images, torch.stack([blue, red, red]), rtol=0, atol=0)
+    names = tuple(str(folder / "images" / name) for name in ("blue.png", "sub/red.png", "red.png"))
+    assert batch.pictures == batch.unread == names
     assert data.pack([1, 3]).images is None
+
+
+def test_no_picture_is_opened_twice(folder, config):
+    data = read(folder, GOOD, config)
+    first = data.pack([2, 0, 2])
+    blue, *others = data.pack([2]).pictures
+    assert first.pictures == (blue, *others, *data.pack([0]).pictures, blue, *others)
+    assert first.unread == tuple(dict.fromkeys(first.pictures))
+    data.read = {blue}
+    again = data.pack([2, 0, 2])
+    assert again.pictures == first.pictures
+    assert again.unread == tuple(p for p in first.unread if p != blue)
+    torch.testing.assert_close(again.images, first.images[1:], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

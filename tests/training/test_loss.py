@@ -35,7 +35,8 @@ SAMPLES = [sample(*talk, seed) for seed, talk in enumerate(TALKS)]
 def pack(*samples):
     ids, labels, images = (torch.cat(parts) for parts in zip(*samples))
     bounds = torch.tensor([0, *(len(s[0]) for s in samples)]).cumsum(0)
-    return Batch(ids, labels, bounds, images if len(images) else None)
+    names = tuple(map(str, range(len(images))))
+    return Batch(ids, labels, bounds, images if names else None, names, names)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,18 @@ from visualrwkv.vision.processor import make_processor
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed row: ids, labels (T,), cu_seqlens (S+1,), pictures (I, 3, H, W) or None."""
+    """One packed row: ids, labels (T,), cu_seqlens (S+1,), and which pictures stand in it, by their paths.
+
+    `images` are those of the pictures that the encoder still has to read, each once, or None: pixels (I, 3, H, W), in
+    the order of `unread`.
+    """
 
     ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor
     images: Tensor | None
+    pictures: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -37,7 +43,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         images = None if self.images is None else self.images.to(device, non_blocking=True)
-        return Batch(self.ids.to(device), self.labels.to(device), self.cu_seqlens.to(device), images)
+        ids, labels, cu_seqlens = (x.to(device) for x in (self.ids, self.labels, self.cu_seqlens))
+        return replace(self, ids=ids, labels=labels, cu_seqlens=cu_seqlens, images=images)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -68,6 +75,7 @@ class Conversations(Dataset):
         self.lengths: list[int] = []
         self.words: set[int] = set()  # every id that occurs
         self.answers: set[int] = set()  # every id that some answer holds
+        self.read: Container[str] = ()  # pictures that need not be opened again
         for index in range(len(self.records)):
             ids, labels = self._encode(index)
             self.lengths.append(len(ids))
@@ -121,19 +129,23 @@ class Conversations(Dataset):
         """These records side by side in one row."""
         ids: list[int] = []
         labels: list[int] = []
-        bounds, pixels = [0], []
+        bounds, pictures = [0], []
+        pixels: dict[str, Tensor] = {}
         for index in indices:
             new_ids, new_labels = self._encode(index)
             ids += new_ids
             labels += new_labels
             bounds.append(len(ids))
             for picture in self.pictures(index):
+                pictures.append(key := str(picture))
                 try:
-                    pixels.append(self.processor(picture))  # type: ignore[misc]  # checked in _encode
+                    if key not in pixels and key not in self.read:
+                        pixels[key] = self.processor(picture)  # type: ignore[misc]  # checked in _encode
                 except ValueError as error:
                     raise ValueError(f"{self.name(index)}: {error}") from error
-        images = torch.stack(pixels) if pixels else None
-        return Batch(torch.tensor(ids), torch.tensor(labels), torch.tensor(bounds), images)
+        images = torch.stack(list(pixels.values())) if pixels else None
+        rows = (torch.tensor(ids), torch.tensor(labels), torch.tensor(bounds))
+        return Batch(*rows, images, tuple(pictures), tuple(pixels))
 
     def __getitem__(self, indices: tuple[int, ...]) -> Batch | Exception:  # type: ignore[override]
         """Pack records; what is wrong with them is returned, for it would lose its words on the way out of a worker."""

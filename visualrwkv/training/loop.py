@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from visualrwkv.checkpoint import WEIGHTS, save_model
 from visualrwkv.model import VisualRWKV
 from visualrwkv.training.data import Batch, Conversations, Plan, load_batches
+from visualrwkv.training.features import Features
 from visualrwkv.training.loss import distinct_rows, packed_loss, wake_head
 from visualrwkv.training.memory import trim_memory
 from visualrwkv.training.optim import freeze, learning_rate, make_optimizer
@@ -55,9 +56,17 @@ class Objective(nn.Module):
     others would cost a third of a small model's step. `spread` puts them back.
     """
 
-    def __init__(self, model: VisualRWKV, bf16: bool, rows: Tensor | None = None, words: Tensor | None = None):
+    def __init__(
+        self,
+        model: VisualRWKV,
+        bf16: bool,
+        rows: Tensor | None = None,
+        words: Tensor | None = None,
+        features: Features | None = None,
+    ):
         super().__init__()
         self.model, self.bf16, self.rows, self.words = model, bf16, rows, words
+        self.features = features or Features(0)
         head, emb = model.rwkv.head.weight, model.rwkv.emb.weight
         self.few = None if rows is None else nn.Parameter(head.detach()[rows], requires_grad=head.requires_grad)
         self.alike = 1 if rows is None else len(head) - len(rows) + 1
@@ -74,12 +83,13 @@ class Objective(nn.Module):
         head = self.model.rwkv.head.weight if self.few is None else self.few
         with torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext():
             if self.known is None or self.words is None:
-                hidden = self.model.hidden(batch.ids[None], batch.images, cu_seqlens=batch.cu_seqlens)[0][0]
+                images = self.features.of(self.model, batch)
+                hidden = self.model.hidden(batch.ids[None], images, cu_seqlens=batch.cu_seqlens)[0][0]
             else:
                 x = nn.functional.embedding(torch.searchsorted(self.words, batch.ids), self.known)
                 hidden = self.model.rwkv(x, batch.cu_seqlens, None, None)[0]
             loss = packed_loss(hidden, head, batch.labels, batch.cu_seqlens, self.rows, self.alike)
-            if batch.images is None and self.model.proj is not None and self.model.config.vision is not None:
+            if not batch.pictures and self.model.proj is not None and self.model.config.vision is not None:
                 # the projector takes part in every batch, else its gradients are missing where others wait for them
                 loss = loss + 0 * self.model.proj(hidden.new_zeros(1, self.model.config.vision.width)).sum()
         return loss
@@ -170,7 +180,9 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
     rows = distinct_rows(model.rwkv.head.weight, data.answers)
     few_words = run.stage == "language" and len(data.words) < 0.9 * model.config.rwkv.vocab_size
     words = torch.tensor(sorted(data.words), device=model.device) if few_words else None
-    objective = Objective(model, recipe.bf16, rows, words)
+    features = Features(recipe.features_gb * 1e9)
+    objective = Objective(model, recipe.bf16, rows, words, features)
+    data.read = features  # workers have a copy that stays empty: they open every picture
     settings = deepspeed_config(recipe, world)
     engine, optimizer, _, _ = deepspeed.initialize(
         model=objective,

@@ -34,6 +34,7 @@ class Recipe:
     bf16: bool = False  # matrix products in bf16, everything else in fp32
     zero: int = 0  # DeepSpeed ZeRO stage, 0 to 3
     workers: int = 0  # processes that load pictures
+    features_gb: float = 1.0  # memory for what the frozen encoder made of pictures, should they come again; 0: none
     save_every: int = 1000  # optimiser steps between checkpoints
     seed: int = 0
 
@@ -75,6 +76,6 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
         "language": Recipe(steps=320, lr=3e-3, lr_final=1e-3, **NANO),
         "pretrain": Recipe(steps=120, lr=5e-3, lr_final=1e-3, **NANO),
-        "finetune": Recipe(steps=660, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
+        "finetune": Recipe(steps=820, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
     },
 }

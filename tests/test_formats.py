@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visualrwkv.checkpoint import load_model, load_vision
+from visualrwkv.checkpoint import convert, describe, load_model, load_vision
 from visualrwkv.config import RWKVConfig, TowersConfig, ViTConfig
+from visualrwkv.files import read_tensors
 from visualrwkv.formats import from_fla
 from visualrwkv.model import IMAGE_PLACEHOLDER, LANGUAGE_MODELS
 from visualrwkv.vision.encoder import make_encoder
@@ -254,12 +255,13 @@ def reference_forward(weights, name, model, ids, features, start):
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_released_files_open_and_give_the_reference_numbers(randomise, tmp_path, name):
+def test_released_files_open_and_give_the_reference_numbers(randomise, tmp_path, caplog, name):
     weights = released(randomise, name)
     torch.save(weights, tmp_path / "release.pth")
     model = load_model(tmp_path / "release.pth")
     config = model.config
     tokens, scan, position, projector = RELEASES[name][3]
+    assert f"{tokens} image tokens, scan {scan}, image position {position}, projector {projector}" in caplog.text
     assert (config.vision, config.projector) == (RELEASES[name][1], projector)
     assert (config.image_tokens, config.scan, config.image_position) == (tokens, scan, position)
     generator = torch.Generator().manual_seed(3)
@@ -320,3 +322,78 @@ def test_bad_files_are_one_sentence(randomise, tmp_path):
     assert "holds numbers that are not finite: rwkv.blocks.1.ln1.bias" in refused(
         {**whole, "rwkv.blocks.1.ln1.bias": torch.full((128,), torch.nan)}
     )
+
+
+# Facts and conversion ------------------------------------------------------------------------------------------------
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_there_and_back_is_bit_exact(randomise, tmp_path, name):
+    weights = {k: v.bfloat16() for k, v in released(randomise, name).items()}
+    torch.save(weights, tmp_path / "release.pth")
+    config = convert(tmp_path / "release.pth", tmp_path / "ours", image_tokens=4 + (name == "v060"))
+    assert config.token_grid == 2
+    assert convert(tmp_path / "ours", tmp_path / "back.pth") == config
+    same(read_tensors(tmp_path / "back.pth"), weights)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back.pth", "ours", "release.pth"]
+
+
+@pytest.mark.parametrize("version", CONFIGS)
+def test_language_models_there_and_back(randomise, tmp_path, version):
+    weights = {k: v.bfloat16() for k, v in language(randomise, version).state_dict().items()}
+    if version == 7:  # as some files have them
+        weights |= {f"blocks.0.att.v{i}": torch.randn_like(weights[f"blocks.1.att.v{i}"]) for i in range(3)}
+    torch.save(weights, tmp_path / "lm.pth")
+    convert(tmp_path / "lm.pth", tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back.pth")
+    same(read_tensors(tmp_path / "back.pth"), weights)
+
+
+def test_nothing_is_written_of_what_does_not_fit(randomise, tmp_path):
+    weights = language(randomise, 6).state_dict()
+    weights["blocks.1.ln1.bias"] = torch.ones(5)
+    torch.save(weights, tmp_path / "lm.pth")
+    with pytest.raises(ValueError, match=r"rwkv\.blocks\.1\.ln1\.bias is \[5\] instead of \[128\]"):
+        convert(tmp_path / "lm.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_facts(randomise, tmp_path):
+    weights = {k: v.bfloat16() for k, v in released(randomise, "v060").items()}
+    torch.save(weights, tmp_path / "release.pth")
+    facts = describe(tmp_path / "release.pth")
+    count = {part: sum(v.numel() for k, v in weights.items() if k.startswith(part)) for part in ("rwkv", "vit", "proj")}
+    assert facts["language model"] == (
+        f"RWKV-6, 3 layers of 128, 2 heads of 64, vocabulary 65,536, {count['rwkv']:,} parameters"
+    )
+    assert facts["vision encoder"] == f"clip, 4 x 4 patches of width 64, {count['vit']:,} parameters"
+    assert facts["projector"] == f"linear, {count['proj']:,} parameters"
+    assert facts["pictures"] == "17 image tokens, scan bi, position middle, as in v6.0"
+    assert facts["stored as"] == "bfloat16"
+    assert (
+        facts["memory"]
+        == f"{4e-6 * sum(count.values()):.3g} MB in float32, {2e-6 * sum(count.values()):.3g} MB in bfloat16"
+    )
+    assert facts["state of a session"] == f"{4e-3 * 3 * (2 * 128 + 128 * 64):.3g} kB"
+    done = subprocess.run(
+        [sys.executable, "-m", "visualrwkv.cli", "info", str(tmp_path / "release.pth"), "--scan", "uni"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "17 image tokens, scan uni, position middle" in done.stdout
+    out = tmp_path / "ours"
+    done = subprocess.run(
+        [sys.executable, "-m", "visualrwkv.cli", "convert", str(tmp_path / "release.pth"), str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_model(out).config == load_model(tmp_path / "release.pth").config

@@ -8,6 +8,7 @@ classification files).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,6 +55,7 @@ __all__ = [
     "save_vision",
 ]
 
+log = logging.getLogger("visualrwkv")
 FORMAT, VISION_FORMAT = "visualrwkv", "visualrwkv-vision"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETTINGS = ("image_tokens", "scan", "image_position", "projector")
@@ -83,6 +85,12 @@ def load_model(
         raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
     place = locate(path)
     config, weights = read_model(place, None if vision is None else locate(vision), overrides)
+    if config.vision and not is_ours(place):
+        name, _ = infer_meeting(config.rwkv, config.vision, weights)
+        log.warning(
+            "%s is taken for a %s: %d image tokens, scan %s, image position %s, projector %s",
+            *(place.name, name, config.image_tokens, config.scan, config.image_position, config.projector),
+        )
     return build(VisualRWKV, config, weights, place).to(device, DTYPES[dtype]).eval()
 
 

@@ -143,7 +143,9 @@ def digest(path: str | Path) -> str:
     """Twelve hex digits that name the weights of a model directory or file."""
     place = Path(path)
     found = hashlib.sha256()
-    with open(place / WEIGHTS if place.is_dir() else place, "rb") as file:
-        while chunk := file.read(1 << 24):
-            found.update(chunk)
+    parts = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.suffix in (".safetensors", ".bin"))
+    for part in parts:
+        with open(part, "rb") as file:
+            while chunk := file.read(1 << 24):
+                found.update(chunk)
     return found.hexdigest()[:12]

@@ -175,3 +175,23 @@ def test_wrong_settings_are_one_sentence(place, options, words):
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not (place / "wrong").exists()
+
+
+def test_stage_one_from_public_files(place, tiny_model):
+    """A language model's .pth and a CLIP directory, as a user has them, by the script and the preset that joins them."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
+    clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=16))
+    clip.save_pretrained(place / "clip")
+    language = tiny_model(vision=None, seed=3)
+    torch.save({k: v.bfloat16() for k, v in language.rwkv.state_dict().items()}, place / "lm.pth")
+    files = {"LM": place / "lm.pth", "VISION": place / "clip", "DATA": place / "data.json", "OUT": place / "stage1"}
+    steps = ("--preset", "v6.0", "--steps", "2", "--tokens", "80", "--accumulate", "1", "--no-bf16")
+    done = run(["bash", "scripts/pretrain.sh", *steps], **files)
+    assert done.returncode == 0, done.stderr
+    model = load_model(place / "stage1")
+    assert (model.config.image_tokens, model.config.scan, model.config.projector) == (5, "bi", "linear")
+    found, given = model.state_dict(), {k: v.float() for k, v in torch.load(place / "lm.pth").items()}
+    assert all(torch.equal(found[f"rwkv.{k}"], v) for k, v in given.items())  # stage 1 trains the projector alone
+    assert all(torch.equal(found[f"vit.vision_model.{k}"], v) for k, v in clip.state_dict().items())
+    assert found["proj.weight"].shape == (32, 64)

@@ -127,6 +127,8 @@ def join_world() -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if sys.prefix != sys.base_prefix:  # what DeepSpeed compiles is this environment's; another's would be compiled anew
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it says that there is no GPU
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it builds
         import deepspeed
@@ -180,7 +182,8 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
     rows = distinct_rows(model.rwkv.head.weight, data.answers)
     few_words = run.stage == "language" and len(data.words) < 0.9 * model.config.rwkv.vocab_size
     words = torch.tensor(sorted(data.words), device=model.device) if few_words else None
-    features = Features(recipe.features_gb * 1e9)
+    # With ZeRO 3 each part of the encoder is gathered when it runs: a rank that leaves it out would let the others wait.
+    features = Features(recipe.features_gb * 1e9 if recipe.zero < 3 else 0)
     objective = Objective(model, recipe.bf16, rows, words, features)
     data.read = features  # workers have a copy that stays empty: they open every picture
     settings = deepspeed_config(recipe, world)

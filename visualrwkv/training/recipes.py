@@ -72,10 +72,24 @@ class EncoderRecipe:
 
 
 NANO: dict[str, Any] = {"tokens": 4096, "optimizer": "muon", "bf16": True, "warmup": 10}
+
+
+def published(position: ImagePosition, **stage2: Any) -> dict[str, Recipe]:
+    """The two stages of arXiv 2406.13362, table 6, where a step has 256 and 128 samples: here about as many, by tokens."""
+    common: dict[str, Any] = {"tokens": 16384, "bf16": True, "optimizer": "adamw"}
+    return {
+        "language": Recipe(**common),
+        "pretrain": Recipe(accumulate=10, lr=1e-3, lr_final=1e-5, image_position="first", **common),
+        "finetune": Recipe(accumulate=5, lr=6e-5, lr_final=1.5e-5, image_position=position, **stage2, **common),
+    }
+
+
 RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
         "language": Recipe(steps=320, lr=3e-3, lr_final=1e-3, **NANO),
         "pretrain": Recipe(steps=120, lr=5e-3, lr_final=1e-3, **NANO),
         "finetune": Recipe(steps=820, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
     },
+    "v6.0": published("middle", epochs=2.0),
+    "v7.00": published("first"),
 }

@@ -45,7 +45,7 @@ def open_and_ask(path: Path, dtype: str) -> dict[str, float]:
     """Seconds to open and to the first token, and the peak of anonymous memory meanwhile."""
     from PIL import Image
 
-    import visualrwkv as vr
+    from visualrwkv.chat import load
 
     picture = Image.effect_noise((640, 480), 60).convert("RGB")
     peak, done = anonymous(), threading.Event()
@@ -58,7 +58,7 @@ def open_and_ask(path: Path, dtype: str) -> dict[str, float]:
     watcher = threading.Thread(target=look)
     watcher.start()
     began = time.perf_counter()
-    vlm = vr.load(path, dtype=dtype)
+    vlm = load(path, dtype=dtype)
     opened = time.perf_counter()
     for _ in vlm.stream(picture, "What is this?", max_new_tokens=1):
         pass

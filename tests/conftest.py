@@ -13,13 +13,13 @@ VISION = VRWKVConfig(depth=2, width=16, patch_size=8, image_size=32, pos_grid=4)
 
 @pytest.fixture(scope="session")
 def randomise():
-    """randomise(module, seed): noise of deviation 0.2 on every parameter; returns the module."""
+    """randomise(module, seed, deviation): noise on every parameter; returns the module."""
 
-    def noise(module: nn.Module, seed: int = 0) -> nn.Module:
+    def noise(module: nn.Module, seed: int = 0, deviation: float = 0.2) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(deviation * torch.randn(parameter.shape, generator=generator))
         return module
 
     return noise

@@ -62,14 +62,14 @@ def test_chat_with_a_language_model(place):
 
 
 def test_compose(place):
-    done = command("compose", "--lm", place / "lm.pth", "--vision", place / "vit", "--out", place / "new")
+    done = command("compose", "--lm", place / "lm.pth", "--vision", place / "vit", place / "new")
     assert (done.returncode, done.stderr) == (0, "")
     assert load(place / "new").model.config.image_tokens == 16  # what the nano preset asks for
 
 
 def test_compose_with_too_coarse_an_encoder(place, tmp_path):
     save_vision(VRWKV(VRWKVConfig(depth=1, width=8, patch_size=16, image_size=32, pos_grid=2)), tmp_path / "vit")
-    done = command("compose", "--lm", place / "lm.pth", "--vision", tmp_path / "vit", "--out", tmp_path / "new")
+    done = command("compose", "--lm", place / "lm.pth", "--vision", tmp_path / "vit", tmp_path / "new")
     assert done.returncode == 1
     assert "image_tokens is 16, more than the 4 patches" in done.stderr
     assert not (tmp_path / "new").exists()

@@ -27,9 +27,9 @@ from visualrwkv.config import (
 from visualrwkv.files import (
     CONFIG,
     WEIGHTS,
-    digest,
     fill,
     locate,
+    model_hash,
     read_json,
     read_tensors,
     write_directory,
@@ -50,6 +50,7 @@ __all__ = [
     "describe",
     "load_model",
     "load_vision",
+    "model_hash",
     "read_config",
     "save_model",
     "save_vision",
@@ -60,8 +61,6 @@ FORMAT, VISION_FORMAT = "visualrwkv", "visualrwkv-vision"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETTINGS = ("image_tokens", "scan", "image_position", "projector")
 OPEN_CLIP = "open_clip:"
-
-model_hash = digest
 
 
 # Reading -------------------------------------------------------------------------------------------------------------

@@ -29,10 +29,10 @@ class Chat:
 class Compose:
     """Join a language model and a vision encoder into a new model for stage 1."""
 
-    lm: str
-    vision: str
-    out: Path
-    preset: str = "nano"
+    lm: str  # a language model's file, directory or Hub id
+    vision: str  # a vision encoder's; or open_clip:NAME:TAG
+    out: tyro.conf.Positional[Path]
+    preset: str = "nano"  # how they meet: nano, v6.0, HD, UHD, v7.00 or v7.01
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> 
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:5])}{more}")
     for name, x in weights.items():
-        if (
-            x.is_floating_point() and not x.sum(dtype=torch.float32).isfinite()
-        ):  # fp32: wide enough for any sum of weights
+        total = x.sum(dtype=torch.float32)  # fp32: wide enough for any sum of weights
+        if not total.isfinite():
             raise ValueError(f"{path} holds numbers that are not finite: {name}")
     module.load_state_dict(dict(weights), assign=True)
 
@@ -139,7 +138,7 @@ def write_directory(directory: Path, config: Mapping[str, Any], weights: Mapping
     )
 
 
-def digest(path: str | Path) -> str:
+def model_hash(path: str | Path) -> str:
     """Twelve hex digits that name the weights of a model directory or file."""
     place = Path(path)
     found = hashlib.sha256()

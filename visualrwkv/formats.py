@@ -46,7 +46,7 @@ RWKV_ORG = {
     "_mix_gate": "_mix_g",
 }
 
-# flash-linear-attention's, once the layer's number is taken off; in their first column a low-rank pair is transposed.
+# flash-linear-attention's, once the layer's number is taken off; what is laid out otherwise: `_from_fla_layer`.
 FLA = {
     "pre_norm.": "ln0.",
     "attn_norm.": "ln1.",
@@ -64,7 +64,7 @@ FLA = {
 
 def public_names(weights: Tensors, path: Path) -> Tensors:
     """The tensors of any known file by our names; ValueError where none of the formats is recognised."""
-    weights = {k.removeprefix("module.").removeprefix("_forward_module."): v for k, v in weights.items()}
+    weights = {k.removeprefix("module."): v for k, v in weights.items()}
     if "model.embeddings.weight" in weights:
         return from_fla(weights)
     if "rwkv.embeddings.weight" in weights:

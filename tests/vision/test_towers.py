@@ -14,17 +14,9 @@ from visualrwkv.vision.towers import Towers, sizes  # noqa: E402
 TINY = TowersConfig(3, 64, 2, 72, 80, 4, 64, 24, image_size=112, sam_size=256)
 
 
-def noisy(module, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return module.eval().requires_grad_(False)
-
-
 @pytest.fixture(scope="module")
-def net():
-    return noisy(Towers(TINY))
+def net(randomise):
+    return randomise(Towers(TINY), deviation=0.05).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

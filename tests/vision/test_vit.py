@@ -1,6 +1,7 @@
 """CLIP and SigLIP: tiny random models made with transformers' and open_clip's own classes, saved, opened by us."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,57 +27,44 @@ def pixels():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def noisy(module, seed=0):
-    """Norms and biases moved off 1 and 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return module.eval()
+@pytest.fixture
+def made(randomise):
+    """made(family, folder, whole, sizes): transformers' own model, saved to a folder -> its vision part."""
+
+    def make(family, folder, whole=False, **sizes):
+        sizes = {**SIZES, **sizes}
+        if whole:
+            text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+            config = getattr(transformers, f"{family}Config")
+            theirs = getattr(transformers, f"{family}Model")(
+                config(vision_config=sizes, text_config=text | {"vocab_size": 9})
+            )
+        else:
+            theirs = getattr(transformers, f"{family}VisionModel")(
+                getattr(transformers, f"{family}VisionConfig")(**sizes)
+            )
+        randomise(theirs, deviation=0.05).eval().save_pretrained(folder)
+        return theirs.vision_model if whole else theirs
+
+    return make
 
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_clip_equals_transformers(tmp_path, pixels, whole, activation):
-    sizes = {**SIZES, "hidden_act": activation}
-    if whole:
-        text = {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "vocab_size": 9,
-        }
-        theirs = noisy(transformers.CLIPModel(transformers.CLIPConfig(vision_config=sizes, text_config=text)))
-        net = theirs.vision_model
-    else:
-        net = theirs = noisy(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)))
-    theirs.save_pretrained(tmp_path)
+def test_clip_equals_transformers(made, tmp_path, pixels, whole, activation):
+    net = made("CLIP", tmp_path, whole, hidden_act=activation)
     ours = load_vision(tmp_path)
     with torch.no_grad():
         wanted = net(pixel_values=pixels, output_hidden_states=True)
         torch.testing.assert_close(ours(pixels), wanted.last_hidden_state.roll(-1, 1), rtol=0, atol=1e-5)
         assert (ours.config.grid, ours.config.width, ours.config.activation) == (4, 128, activation)
-        object.__setattr__(ours.config, "layer", -2)
-        object.__setattr__(ours.config, "cls_token", False)
+        ours.config = replace(ours.config, layer=-2, cls_token=False)
         torch.testing.assert_close(ours(pixels), wanted.hidden_states[-2][:, 1:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_siglip_equals_transformers(tmp_path, pixels, whole):
-    if whole:
-        text = {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "vocab_size": 9,
-        }
-        theirs = noisy(transformers.SiglipModel(transformers.SiglipConfig(vision_config=SIZES, text_config=text)))
-        net = theirs.vision_model
-    else:
-        net = theirs = noisy(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES)))
-    theirs.save_pretrained(tmp_path)
+def test_siglip_equals_transformers(made, tmp_path, pixels, whole):
+    net = made("Siglip", tmp_path, whole)
     ours = load_vision(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(ours(pixels), net(pixel_values=pixels).last_hidden_state, rtol=0, atol=1e-5)
@@ -85,9 +73,9 @@ def test_siglip_equals_transformers(tmp_path, pixels, whole):
 
 
 @pytest.mark.parametrize("inner", [True, False])
-def test_both_spellings_open(tmp_path, pixels, inner):
+def test_both_spellings_open(made, tmp_path, pixels, inner):
     """Files of older transformers have one level of names more."""
-    theirs = noisy(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES)))
+    theirs = made("CLIP", tmp_path)
     bare = {k.removeprefix("vision_model."): v for k, v in theirs.state_dict().items()}
     weights = {f"vision_model.{k}": v for k, v in bare.items()} if inner else bare
     if inner:
@@ -99,7 +87,7 @@ def test_both_spellings_open(tmp_path, pixels, inner):
         torch.testing.assert_close(load_vision(tmp_path)(pixels), wanted, rtol=0, atol=1e-5)
 
 
-def test_open_clip_equals_open_clip_and_transformers(tmp_path, pixels, monkeypatch):
+def test_open_clip_equals_open_clip_and_transformers(randomise, tmp_path, pixels, monkeypatch):
     """The same weights give the same features by open_clip's names and by transformers'."""
     open_clip = pytest.importorskip("open_clip")
     tiny = {
@@ -109,7 +97,7 @@ def test_open_clip_equals_open_clip_and_transformers(tmp_path, pixels, monkeypat
         "text_cfg": {"context_length": 5, "vocab_size": 9, "width": 32, "heads": 2, "layers": 1},
     }
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: tiny if name == "tiny" else None)
-    theirs = noisy(open_clip.CLIP(**tiny))
+    theirs = randomise(open_clip.CLIP(**tiny), deviation=0.05).eval()
     torch.save(theirs.state_dict(), tmp_path / "tiny.pt")
     ours = load_vision(f"open_clip:tiny:{tmp_path / 'tiny.pt'}")
     seen = []
@@ -144,12 +132,12 @@ def test_the_public_clip_in_open_clip_has_the_public_sizes():
 
 
 @pytest.mark.parametrize("size", [(50, 32), (32, 51), (500, 333), (32, 32), (640, 31)])
-def test_pictures_are_prepared_as_transformers_does(tmp_path, picture, size):
+def test_pictures_are_prepared_as_transformers_does(made, tmp_path, picture, size):
     """The middle of the picture, as the processor of CLIP's files cuts it; pixel by pixel."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     theirs = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES)).save_pretrained(tmp_path)
+    made("CLIP", tmp_path)
     image = picture().resize(size)
     wanted = theirs(image, return_tensors="pt")["pixel_values"][0]
     found = make_processor(load_vision(tmp_path).config)(image)

@@ -58,7 +58,7 @@ def transformers_config(values: dict[str, Any]) -> ViTConfig:
 
     ValueError where it is another model. The pictures' sizes and normalisation are those that the family was trained with.
     """
-    family = str(values.get("model_type", "")).removesuffix("_vision_model").removesuffix("_vision")
+    family = str(values.get("model_type", "")).removesuffix("_vision_model")
     if family not in ("clip", "siglip"):
         raise ValueError(f"model_type is {values.get('model_type')!r}; known are clip and siglip")
     part = values.get("vision_config") or values

@@ -12,7 +12,7 @@ echo "kernels (for all GPUs this takes minutes)"
 python -m visualrwkv.ops.build --into "$stage/visualrwkv/_kernels" --cuda "${CUDA:-all}"
 # What the libraries need of glibc is what the wheel may promise.
 glibc=$(objdump -T "$stage"/visualrwkv/_kernels/*.so | grep -o 'GLIBC_2\.[0-9]*' | sort -uV | tail -1)
-sed -e 's/^include = .*/&\n[tool.setuptools.package-data]\nvisualrwkv = ["_cuda\/*", "_kernels\/*"]/' pyproject.toml >"$stage/pyproject.toml"
+sed -e 's/^visualrwkv = \["hf/visualrwkv = ["_cuda\/*", "_kernels\/*", "hf/' pyproject.toml >"$stage/pyproject.toml"
 printf '[bdist_wheel]\nplat_name = manylinux_%s_%s\npython_tag = py3\n' "$(tr . _ <<<"${glibc#GLIBC_}")" "$(uname -m)" >"$stage/setup.cfg"
 python -m pip wheel -q --no-deps --no-build-isolation -w "${OUT:-dist}" "$stage"
 ls -sh "${OUT:-dist}"/*.whl

@@ -67,6 +67,15 @@ def test_compose(place):
     assert load(place / "new").model.config.image_tokens == 16  # what the nano preset asks for
 
 
+def test_convert_for_transformers(place):
+    done = command("convert", place / "model", place / "for_hf", "--hf")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {"modeling_visualrwkv.py", "chat_template.jinja", "config.json"} <= {
+        p.name for p in (place / "for_hf").iterdir()
+    }
+    assert load(place / "for_hf").model.config == load(place / "model").model.config
+
+
 def test_compose_with_too_coarse_an_encoder(place, tmp_path):
     save_vision(VRWKV(VRWKVConfig(depth=1, width=8, patch_size=16, image_size=32, pos_grid=2)), tmp_path / "vit")
     done = command("compose", "--lm", place / "lm.pth", "--vision", tmp_path / "vit", tmp_path / "new")

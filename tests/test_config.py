@@ -20,7 +20,7 @@ def test_sizes_that_follow():
 @pytest.mark.parametrize("vision", [None, VISION])
 def test_there_and_back_through_json(vision):
     config = ModelConfig(RWKVConfig(2, 32, head_size=16), vision, "gated", 16, "multi", "last")
-    assert ModelConfig.from_dict(json.loads(json.dumps({"format": "visualrwkv", **config.to_dict()}))) == config
+    assert ModelConfig.from_dict(json.loads(json.dumps({"model_type": "visualrwkv", **config.to_dict()}))) == config
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from visualrwkv.config import (
     MEET_PRESETS,
+    MODEL_TYPE,
     ModelConfig,
     VisionConfig,
     preset,
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("visualrwkv")
-FORMAT, VISION_FORMAT = "visualrwkv", "visualrwkv-vision"
+VISION_TYPE = MODEL_TYPE + "-vision"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETTINGS = ("image_tokens", "scan", "image_position", "projector")
 OPEN_CLIP = "open_clip:"
@@ -121,7 +122,7 @@ def read_model(
 
 def is_ours(place: Path) -> bool:
     """Whether a directory holds a whole model in our format."""
-    return place.is_dir() and read_json(place / CONFIG).get("format") == FORMAT
+    return place.is_dir() and read_json(place / CONFIG).get("model_type") == MODEL_TYPE
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -145,13 +146,14 @@ def load_vision(path: str | Path) -> Encoder:
     config: VisionConfig
     values = read_json(place / CONFIG) if place.is_dir() else {}
     weights = read_tensors(place)
-    if values.get("format") == VISION_FORMAT:
+    model_type = values.get("model_type")
+    if model_type == VISION_TYPE:
         config = vision_config(values.get("vision"))
-    elif values.get("model_type"):
+    elif model_type and model_type != MODEL_TYPE:
         config = transformers_config(values)
         weights = _vision_part(weights)
     elif any(k.startswith(("vit.", "rwkv.")) for k in weights):
-        ours = values.get("format") == FORMAT
+        ours = model_type == MODEL_TYPE
         weights = weights if ours else public_names(weights, place)
         read_by_projector = projector_input(weights)
         weights = {k.removeprefix("vit."): v for k, v in weights.items() if k.startswith("vit.")}
@@ -209,12 +211,12 @@ def build(make: Callable[[Any], Any], config: Any, weights: Mapping[str, Tensor]
 def save_model(model: VisualRWKV, directory: str | Path, dtype: str | None = None) -> None:
     """Write our directory's files; each is replaced whole, or left as it was if the writing fails."""
     weights = {k: v.detach().to(DTYPES[dtype]) if dtype else v for k, v in model.state_dict().items()}
-    write_directory(Path(directory), {"format": FORMAT, **model.config.to_dict()}, weights)
+    write_directory(Path(directory), {"model_type": MODEL_TYPE, **model.config.to_dict()}, weights)
 
 
 def save_vision(vit: Encoder, directory: str | Path) -> None:
     """Write a vision encoder alone, for `compose`."""
-    write_directory(Path(directory), {"format": VISION_FORMAT, "vision": asdict(vit.config)}, vit.state_dict())
+    write_directory(Path(directory), {"model_type": VISION_TYPE, "vision": asdict(vit.config)}, vit.state_dict())
 
 
 def convert(path: str | Path, out: Path, vision: str | Path | None = None, **overrides: Any) -> ModelConfig:
@@ -231,7 +233,7 @@ def convert(path: str | Path, out: Path, vision: str | Path | None = None, **ove
         table = {k.removeprefix("rwkv.") if bare else k: v.contiguous() for k, v in weights.items()}
         write_whole({out: lambda part: torch.save(table, part)})
     else:
-        write_directory(out, {"format": FORMAT, **config.to_dict()}, weights)
+        write_directory(out, {"model_type": MODEL_TYPE, **config.to_dict()}, weights)
     return config
 
 

@@ -59,6 +59,7 @@ class Convert(Told):
 
     file: tyro.conf.Positional[str] = tyro.MISSING
     out: tyro.conf.Positional[Path] = tyro.MISSING
+    hf: bool = False  # with what transformers needs to open the directory where this package is not installed
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,10 @@ def info(args: list[str]) -> None:
 def convert(args: list[str]) -> None:
     options = parse(Convert, args)
 
-    from visualrwkv.checkpoint import convert as write
+    if options.hf:
+        from visualrwkv.hf import export as write
+    else:
+        from visualrwkv.checkpoint import convert as write
 
     config = write(options.file, options.out, **told(options))
     if config.vision:

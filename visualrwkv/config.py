@@ -11,6 +11,11 @@ ImagePosition = Literal["first", "middle", "last"]
 Scan = Literal["uni", "bi", "multi"]
 ProjectorKind = Literal["linear", "gated", "output_gated", "relu"]
 
+MODEL_TYPE = "visualrwkv"
+"""What a config.json of ours says it is of, to us and to transformers."""
+HUB_SETTINGS = ("model_type", "architectures", "auto_map", "dtype", "transformers_version", "tie_word_embeddings")
+"""What else transformers keeps in a config.json."""
+
 IMAGE_POSITIONS: tuple[str, ...] = ("first", "middle", "last")
 SCANS: tuple[str, ...] = ("uni", "bi", "multi")
 PROJECTORS: tuple[str, ...] = ("linear", "gated", "output_gated", "relu")
@@ -245,7 +250,7 @@ class ModelConfig:
         """The inverse of `to_dict`; an unknown or missing setting is a ValueError that names it."""
         rwkv = from_values(RWKVConfig, data.get("rwkv") or {})
         vision = vision_config(data["vision"]) if data.get("vision") else None
-        known = {k: v for k, v in data.items() if k != "format"}
+        known = {k: v for k, v in data.items() if k not in HUB_SETTINGS}
         return from_values(cls, known | {"rwkv": rwkv, "vision": vision})
 
 

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +23,28 @@ Device = Literal["cpu", "cuda"]
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # as cuda/gpu.cuh numbers them
 
 
+FOLDERS = (PACKAGE.parent / "cuda", PACKAGE / "_cuda")
+"""Where sources are: beside the package in a checkout, inside it in a wheel. An exported model comes without."""
+
+
+def has_sources(device: Device) -> bool:
+    """Whether there is anything to make that library from."""
+    return any(_sources(device))
+
+
 def sources(device: Device) -> list[Path]:
-    """The files that a library is made from, headers included: beside the package in a checkout, inside it in a wheel."""
-    for folder in (PACKAGE.parent / "cuda", PACKAGE / "_cuda"):
-        files = sorted(folder.glob("*"))
-        endings = (".cpp", ".h") if device == "cpu" else (".cu", ".cuh")
-        found = [p for p in files if p.suffix in endings]
-        if found:
-            return found
-    raise FileNotFoundError(f"no kernel sources in {PACKAGE.parent / 'cuda'} or {PACKAGE / '_cuda'}")
+    """The files that a library is made from, headers included."""
+    found = next(_sources(device), None)
+    if found is None:
+        raise FileNotFoundError(f"no kernel sources in {FOLDERS[0]} or {FOLDERS[1]}")
+    return found
+
+
+def _sources(device: Device) -> Iterator[list[Path]]:
+    endings = (".cpp", ".h") if device == "cpu" else (".cu", ".cuh")
+    for folder in FOLDERS:
+        if found := [p for p in sorted(folder.glob("*")) if p.suffix in endings]:
+            yield found
 
 
 def library_path(device: Device = "cpu") -> Path:
@@ -38,12 +52,14 @@ def library_path(device: Device = "cpu") -> Path:
 
     The name in the cache holds a hash of the sources, so a library made from others is never loaded.
     """
+    packaged = PACKAGE / "_kernels" / f"{device}.so"
+    if not has_sources(device):
+        return packaged
     digest = hashlib.sha256(platform.machine().encode())
     for source in (*sources(device), Path(__file__).with_name("build.py")):  # build.py: the flags
         digest.update(source.name.encode() + source.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     built = cache / "visualrwkv" / f"{device}-{digest.hexdigest()[:16]}.so"
-    packaged = PACKAGE / "_kernels" / f"{device}.so"
     return packaged if packaged.exists() and not built.exists() else built
 
 
@@ -60,9 +76,10 @@ def _say_torch_runs(device: Device) -> None:
     """One line, once: silence would hide a slow run."""
     if os.environ.get("VISUALRWKV_KERNELS") != "0":
         logging.getLogger(__name__).warning(
-            "no compiled kernels for %s at %s: the slower torch form runs; make them with `visualrwkv kernels build`",
+            "no compiled kernels for %s at %s: the slower torch form runs; %s",
             {"cpu": "the CPU", "cuda": "CUDA"}[device],
             library_path(device),
+            "make them with `visualrwkv kernels build`" if has_sources(device) else "the package visualrwkv has them",
         )
 
 

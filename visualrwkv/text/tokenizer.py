@@ -22,7 +22,7 @@ def _encoder():
 
 
 @cache
-def _table() -> dict[int, bytes]:
+def vocabulary() -> dict[int, bytes]:
     """id -> bytes, from the vocabulary file: the package's own `decode` panics on partial characters."""
     import pyrwkv_tokenizer
 
@@ -42,7 +42,7 @@ def encode(text: str) -> list[int]:
 
 def decode_bytes(ids: Iterable[int]) -> bytes:
     """Ids -> bytes; ids without an entry (0, the image placeholder) give nothing."""
-    table = _table()
+    table = vocabulary()
     return b"".join(table.get(i, b"") for i in ids)
 
 

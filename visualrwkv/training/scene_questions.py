@@ -308,14 +308,19 @@ def dialogue(scene: Scene, rng: Random, tally: Counter, first: str, pairs: list[
     return turns
 
 
-def told_dialogue(scene: Scene, rng: Random, count: int = 4) -> list[Turn]:
-    """`count` turns that the caption of `scene` answers, each of any of the types `TOLD`: all is given away already."""
+def told_dialogue(
+    scene: Scene, rng: Random, pairs: list[tuple[str, str]] = PAIRS, types: tuple[str, ...] = TOLD, count: int = 4
+) -> list[Turn]:
+    """`count` turns about `scene`, each of any of the `types`, though earlier ones may give it away.
+
+    `pairs` as in `candidates`.
+    """
     by_type: dict[str, dict[str, list[Turn]]] = {}
-    for turn in candidates(scene, rng, PAIRS):
+    for turn in candidates(scene, rng, pairs):
         by_type.setdefault(turn.type, {}).setdefault(turn.outcome, []).append(turn)
     turns = []
     for _ in range(count):
-        kind = rng.choice([type for type in TOLD if type in by_type])
+        kind = rng.choice([type for type in types if type in by_type])
         outcomes = sorted(by_type[kind])
         (outcome,) = rng.choices(outcomes, [OUTCOMES[kind][o] for o in outcomes])
         turns.append(worded(rng.choice(by_type[kind][outcome]), rng))

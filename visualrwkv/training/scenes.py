@@ -56,6 +56,7 @@ SPLITS = ("train", "val", "test", "test_unseen")
 TEXTS = ("retell", "language")
 DIGIT_SHARE = 0.36  # of the pictures not made for a digit question; about 45 % of all pictures then hold one
 ASKED_SHARE = 0.7  # of `language`; the rest are retellings
+RETOLD_SHARE = 0.5  # of the captions; the rest are dialogues
 COUNTS = (1, 1, 2, 2, 3, 3, 3, 4, 4, 4)  # things in the pictures not made for a count: more things, more to ask
 SUPERSAMPLE = 4
 NOISE = 7.0  # standard deviation, of 255
@@ -230,11 +231,14 @@ def work(job: Job) -> dict[str, list]:
                 rng.sample(TYPES, len(TYPES)) if job.split.startswith("test") else rng.sample(OPENINGS, len(OPENINGS))
             )
         scene, turns = converse(rng, tally, firsts.pop(), job.split, job.size)
-        described = retell(scene, rng)
+        # What stage 1 learns from is what the language model has read of a caption, with the picture in its place.
+        described = (
+            [retell(scene, rng)] if rng.random() < RETOLD_SHARE else told_dialogue(scene, rng, pairs_of(job.split))
+        )
         image = f"images/{job.split}/{number:06d}.png"
         draw(scene, rng).save(job.out / image, compress_level=1)  # noise hardly compresses anyway
         made["records"].append(record(name, turns, before="<image>\n", image=image))
-        made["captions"].append(record(f"caption-{name}", [described], before="<image>\n", image=image))
+        made["captions"].append(record(f"caption-{name}", described, before="<image>\n", image=image))
         made["objects"].append((image, [asdict(thing) for thing in scene.things]))
     return made
 

@@ -1,0 +1,84 @@
+"""A directory for the Hub: weights and settings, and the package's own source for machines that have not installed it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from visualrwkv.checkpoint import convert
+from visualrwkv.config import ModelConfig
+from visualrwkv.files import CONFIG, read_json, write_whole
+from visualrwkv.hf.modeling import VisualRWKVConfig, VisualRWKVForConditionalGeneration, answer_settings
+from visualrwkv.hf.processing import VisualRWKVImageProcessor, VisualRWKVProcessor, WorldTokenizer
+
+CODE, SOURCE = "modeling_visualrwkv", "visualrwkv_source"
+AUTO = {
+    "AutoConfig": VisualRWKVConfig,
+    "AutoModelForImageTextToText": VisualRWKVForConditionalGeneration,
+    "AutoModelForCausalLM": VisualRWKVForConditionalGeneration,
+    "AutoProcessor": VisualRWKVProcessor,
+    "AutoImageProcessor": VisualRWKVImageProcessor,
+    "AutoTokenizer": WorldTokenizer,
+}
+
+
+def export(path: str | Path, out: Path, vision: str | Path | None = None, **overrides: Any) -> ModelConfig:
+    """Write any model as a directory that transformers opens with `trust_remote_code=True`, with or without this package.
+
+    It is a directory of ours as well. Arguments, what is returned, and errors as `convert`.
+    """
+    if out.suffix == ".pth":
+        raise ValueError(f"{out} would be a file; a directory for transformers needs a name without .pth")
+    config = convert(path, out, vision, **overrides)
+    where: dict[str, Any] = {name: f"{CODE}.{cls.__name__}" for name, cls in AUTO.items()}
+    values = read_json(out / CONFIG) | {
+        "architectures": [VisualRWKVForConditionalGeneration.__name__],
+        "auto_map": where,
+    }
+    with tempfile.TemporaryDirectory() as place:
+        VisualRWKVProcessor.of(config).save_pretrained(place)
+        answer_settings().save_pretrained(place)
+        texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(place).iterdir())}
+    where["AutoTokenizer"] = [where["AutoTokenizer"], None]  # the slow one, and no fast one
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        texts[name] = json.dumps(json.loads(texts[name]) | {"auto_map": where}, indent=2) + "\n"
+    texts |= {CONFIG: json.dumps(values, indent=2) + "\n", f"{CODE}.py": code(), f"{SOURCE}.py": source()}
+    write_whole({out / name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in texts.items()})
+    return config
+
+
+def code() -> str:
+    """The file that transformers runs: the installed package, or else the source that came along."""
+    names = ", ".join(dict.fromkeys(cls.__name__ for cls in AUTO.values()))
+    return f'''"""VisualRWKV for transformers. An installed `visualrwkv` is used, with its compiled kernels; else {SOURCE}.py."""
+
+import pyrwkv_tokenizer  # noqa: F401  (where it is missing, transformers says so before anything is loaded)
+
+try:
+    from visualrwkv.hf import {names}
+except ImportError:
+    from .{SOURCE} import unpack
+
+    unpack()
+    from visualrwkv.hf import {names}
+'''
+
+
+def source() -> str:
+    """The package without its training as one file of text, with `unpack`."""
+    package = Path(__file__).parents[1]
+    files = [p.relative_to(package) for p in sorted(package.rglob("*")) if p.suffix in (".py", ".jinja")]
+    kept = [p for p in files if p.parts[0] not in ("training", "cli.py")]
+    table = "FILES = {\n"
+    for file in kept:
+        lines = (package / file).read_text(encoding="utf-8").splitlines()
+        table += (
+            f"    {f'visualrwkv/{file.as_posix()}'!r}: [\n"
+            + "".join(f"        {line!r},\n" for line in lines)
+            + "    ],\n"
+        )
+    empty = "FILES: dict[str, list[str]] = {}\n"
+    return Path(__file__).with_name("unpack.py").read_text(encoding="utf-8").replace(empty, table + "}\n")

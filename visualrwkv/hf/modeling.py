@@ -1,0 +1,181 @@
+"""VisualRWKV as a model of transformers: the same network and names, with a recurrent state for a cache.
+
+B rows, T tokens a row, C channels, V vocabulary, I pictures, M image tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import ModelOutput
+
+from visualrwkv.config import MODEL_TYPE, ModelConfig
+from visualrwkv.generate import closes
+from visualrwkv.model import IMAGE_PLACEHOLDER, VisualRWKV
+from visualrwkv.rwkv.state import State
+from visualrwkv.text.tokenizer import END, END_OF_TURN, decode_bytes
+
+
+class VisualRWKVConfig(PreTrainedConfig):
+    """The settings of `ModelConfig`, as our `config.json` holds them."""
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ["state"]
+
+    rwkv: dict | None = None
+    vision: dict | None = None
+    projector: str = ModelConfig.projector
+    image_tokens: int = ModelConfig.image_tokens
+    scan: str = ModelConfig.scan
+    image_position: str = ModelConfig.image_position
+    tie_word_embeddings: bool = False
+
+    def settings(self) -> ModelConfig:
+        """The same as our dataclass; ValueError where a setting is wrong or missing."""
+        names = ("rwkv", "vision", "projector", "image_tokens", "scan", "image_position")
+        return ModelConfig.from_dict({name: getattr(self, name) for name in names})
+
+    @property
+    def image_token_id(self) -> int:
+        return IMAGE_PLACEHOLDER
+
+    @property
+    def vocab_size(self) -> int:
+        return self.settings().rwkv.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.settings().rwkv.n_embd
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.settings().rwkv.n_layer
+
+
+@dataclass
+class VisualRWKVOutput(ModelOutput):
+    """loss: over the labelled positions; logits (B, T, V); state: all that was read, to go on from."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: State | None = None
+
+
+class BlankLine(StoppingCriteria):
+    """Ends the rows whose answer is over, also where a blank line comes in two tokens neither of which is id 261."""
+
+    def __init__(self) -> None:
+        self.begin: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        """Rows so far (B, T) -> which are over (B,)."""
+        self.begin = input_ids.shape[1] - 1 if self.begin is None else self.begin
+        tails = input_ids[:, max(self.begin, input_ids.shape[1] - 2) :].tolist()
+        return torch.tensor([closes(tail[-1], decode_bytes(tail)) for tail in tails], device=input_ids.device)
+
+
+def answer_settings() -> GenerationConfig:
+    """How an answer is generated unless the caller says otherwise: greedy, as `VLM.answer`."""
+    return GenerationConfig(
+        bos_token_id=END, eos_token_id=[END, END_OF_TURN], pad_token_id=END, max_new_tokens=256, do_sample=False
+    )
+
+
+class VisualRWKVForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """The network of `visualrwkv.model`, its parameters by the same names."""
+
+    config_class = VisualRWKVConfig
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    _is_stateful = True
+    _supports_sdpa = True
+    network: VisualRWKV
+
+    def __init__(self, config: VisualRWKVConfig):
+        super().__init__(config)
+        network = VisualRWKV(config.settings())
+        self.__dict__["network"] = network  # not a submodule: its parts are, by the names of every file of ours
+        self.rwkv, self.vit, self.proj = network.rwkv, network.vit, network.proj
+        self.generation_config = answer_settings()
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Nothing: a fresh network is initialised as it is made."""
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.rwkv.emb
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.rwkv.head
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> VisualRWKVOutput | tuple:
+        """Read rows and say what may come next.
+
+        input_ids (B, T): M image placeholders for each picture; pixel_values: the pictures of all rows in order, as the
+        image processor makes them; attention_mask (B, T or more): 0 where a row is padded, on either side, which the
+        network is not shown; state: where to go on from, B rows; labels (B, T): -100 where nothing is learned;
+        use_cache False: no state is returned; logits_to_keep: the last so many positions alone, 0 for all.
+        """
+        B, T = input_ids.shape
+        shown = None if attention_mask is None else attention_mask[:, -T:].bool()
+        if shown is None or bool(shown.all()):
+            hidden, new = self.network.hidden(input_ids, pixel_values, state)
+        else:
+            lengths = shown.sum(1)
+            if int(lengths.min()) == 0:
+                raise ValueError(f"row {int(lengths.argmin())} of the attention mask shows no token")
+            bounds = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+            packed, new = self.network.hidden(input_ids[shown][None], pixel_values, state, bounds)
+            hidden = packed.new_zeros(B, T, packed.shape[2])
+            hidden[shown] = packed[0]
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.rwkv.head(hidden[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[2], **kwargs)
+        output = VisualRWKVOutput(loss, logits, None if use_cache is False else new)
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Each row `expand_size` times, with its pictures and its state."""
+        pixels, state = kwargs.pop("pixel_values", None), kwargs.pop("state", None)
+        if pixels is not None and input_ids is not None:
+            counts = (input_ids == IMAGE_PLACEHOLDER).sum(1) // self.network.config.image_tokens
+            rows = pixels.split(counts.tolist())
+            pixels = torch.cat([row for row in rows for _ in range(expand_size)])
+        if state is not None:
+            state = state.select(torch.arange(len(state)).repeat_interleave(expand_size))
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
+        input_ids, kwargs = expand(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, {**kwargs, "pixel_values": pixels, "state": state}
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        get: Any = super()._get_stopping_criteria  # type: ignore[misc]
+        return StoppingCriteriaList([*get(*args, **kwargs), BlankLine()])
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("num_beams is above 1, and beams cannot share a state; num_return_sequences can be above 1")

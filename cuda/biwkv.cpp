@@ -160,6 +160,12 @@ constexpr int VECTORS = 2, WIDE = VECTORS * simd::FLOATS;  // channels taken tog
 constexpr int64_t TILE = 16;
 constexpr float RANGE = 60.0f;  // of the exponents: e^60 and e^-60 times a few thousand are well within fp32
 
+constexpr int64_t AHEAD = 12;  // rows that are asked for before they are needed: rows lie too far apart for the machine to guess
+
+inline void fetch(const float* row) {
+    for (int c = 0; c < VECTORS; c++) __builtin_prefetch(row + c * simd::FLOATS);
+}
+
 // Of WIDE channels what does not depend on the token.
 struct Constants {
     alignas(64) float e_u[WIDE], k_max[WIDE], power[TILE + 1][WIDE];  // power[n]: decay over n tokens
@@ -171,6 +177,7 @@ bool prepare(int64_t T, int64_t C, const float* w, const float* u, const float* 
     vecf most[VECTORS], least[VECTORS];
     for (int c = 0; c < VECTORS; c++) most[c] = least[c] = simd::load(k + c * simd::FLOATS);
     for (int64_t t = 1; t < T; t++) {
+        fetch(k + (t + AHEAD) * C);
         for (int c = 0; c < VECTORS; c++) {
             const vecf k_t = simd::load(k + t * C + c * simd::FLOATS);
             most[c] = k_t > most[c] ? k_t : most[c];
@@ -240,8 +247,10 @@ void forward_tiles(int64_t T, int64_t C, const Constants& of, const float* k, co
         const int64_t steps = std::min(TILE, T - tile * TILE);
         exponentials(tile * TILE, steps);
         clear();
-        for (int64_t s = steps - 1; s >= 0; s--)
+        for (int64_t s = steps - 1; s >= 0; s--) {
+            fetch(v + (tile * TILE + s - TILE) * C);  // the tile that is next
             for (int c = 0; c < VECTORS; c++) add(s, c);
+        }
         put_sums();
         carry.step(of.whole, sums[0], sums[1]);
     }

@@ -128,7 +128,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         choose("vision kind", self.kind, ("clip", "siglip"))
-        if self.width % self.heads:
+        if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"vision width {self.width} does not divide into {self.heads} heads")
         if not -self.depth <= self.layer <= -1:
             raise ValueError(f"vision layer is {self.layer}; it must be from {-self.depth} to -1")

@@ -266,12 +266,43 @@ def test_captions_are_true_of_the_pictures(scenes_data):
     for record in records:
         assert record["conversations"][0]["value"].startswith("<image>\n")
         things = objects[record["image"]]
-        assert record["types"] == ["retell"]
-        assert len(retold(record["conversations"][1]["value"], things)) == len(things)
+        if record["types"] == ["retell"]:
+            assert len(retold(record["conversations"][1]["value"], things)) == len(things)
+        else:
+            assert len(record["types"]) == 4
+            assert all(solve(type_, q, things) == answer for type_, q, answer in turns_of(record))
+    assert 0.4 < sum(record["types"] == ["retell"] for record in records) / len(records) < 0.6
 
 
-def test_the_mix_is_train_and_every_second_caption(scenes_data):
-    assert load(scenes_data, "mix") == load(scenes_data, "train") + load(scenes_data, "captions")[::2]
+def test_the_mix_is_train_every_second_caption_and_a_drill_for_each_picture(scenes_data):
+    before = load(scenes_data, "train") + load(scenes_data, "captions")[::2]
+    mix = load(scenes_data, "mix")
+    assert mix[: len(before)] == before
+    assert [record["id"] for record in mix[len(before) :]] == [f"drill-train-{i:06d}" for i in range(2500)]
+
+
+def test_drills_are_true_balanced_and_never_ask_twice_about_the_same(scenes_data):
+    objects = load(scenes_data, "train.objects")
+    answers = defaultdict(Counter)
+    for record in load(scenes_data, "mix"):
+        if not record["id"].startswith("drill"):
+            continue
+        about = []
+        for type_, question, answer in turns_of(record):
+            assert solve(type_, question, objects[record["image"]]) == answer, (record["id"], question)
+            answers[type_][outcome(question, answer)] += 1
+            names = sorted(str(sorted(words.items())) for words in things_in(question))
+            about.append((type_, *names))
+        assert 1 <= len(set(about)) == len(about) <= 4
+    assert set(answers) == {"exists", "position", "larger"}
+    for type_, one, other in (
+        ("exists", "yes", "no"),
+        ("position", "yes", "no"),
+        ("position", "first", "second"),
+        ("larger", "first", "second"),
+    ):
+        both = answers[type_][one] + answers[type_][other]
+        assert abs(answers[type_][one] / both - 0.5) < 0.06, (type_, one)
 
 
 def test_language_questions_follow_from_the_caption(scenes_data):

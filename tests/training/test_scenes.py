@@ -143,7 +143,8 @@ def test_held_out_pairs_occur_only_in_test_unseen(scenes_data):
     for name, pairs in (allowed | {"test_unseen": held, "language": set(PAIRS)}).items():
         said = [m["value"] for r in load(scenes_data, name) for m in r["conversations"]]
         mentioned = {pair for text in said for pair in pairs_in(text)}
-        assert mentioned <= pairs if name in ("val", "captions") else mentioned == pairs, name
+        assert mentioned <= pairs, name
+        assert name == "val" or len(mentioned) >= 0.9 * len(pairs), name
 
 
 def test_handwriting_is_split_between_train_and_test(scenes_data):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from visualrwkv.checkpoint import load_vision
 from visualrwkv.config import VRWKVConfig
 from visualrwkv.vision.vrwkv import VRWKV, vrwkv
+from visualrwkv.vision.vrwkv import q_shift as patches_shifted
 
 PRE = VRWKVConfig(depth=3, width=16, patch_size=8, image_size=32, pos_grid=4)
 POST = VRWKVConfig(depth=3, width=16, patch_size=8, image_size=32, pos_grid=4, post_norm=True, layer_scale=0.7)
@@ -187,6 +188,13 @@ def test_any_size_equals_the_equations(make, H, W):
     weights = {k: v.numpy() for k, v in net.state_dict().items()}
     wanted = encoder(images[1].numpy(), weights, PRE, table(net, h, w))
     np.testing.assert_allclose(found[1].numpy(), wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize(("D", "heads"), [(8, 1), (10, 1), (16, 2)])  # of 10 channels two are left over
+@pytest.mark.parametrize("grid", [(3, 4), (1, 3)])
+def test_the_shift_has_its_gradient(D, heads, grid):
+    x = torch.randn(2, grid[0] * grid[1], D, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: patches_shifted(x, grid, heads), x)
 
 
 def test_single_precision_is_close(make):

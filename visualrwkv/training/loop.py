@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from visualrwkv.training.memory import trim_memory
 from visualrwkv.training.optim import freeze, learning_rate, make_optimizer
 from visualrwkv.training.progress import Bar
 from visualrwkv.training.recipes import Recipe, Stage
+from visualrwkv.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ class Interrupt:
         return bool(flag)
 
 
-def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], dict[str, float]] | None = None) -> bool:
+def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Watch | None = None) -> bool:
     """Train one stage; True when it is finished, False when it was interrupted and left a checkpoint.
 
-    `watch(step)` may return further figures to log with a step's metrics.
+    `watch` looks at the model now and then; its figures are logged with a step's metrics.
     """
     import deepspeed
 
@@ -232,9 +232,10 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Callable[[int], di
                 dist.all_reduce(loss)
             if log:
                 seconds = time.monotonic() - began
-                if watch:
+                seen: dict[str, float] = {}
+                if watch and watch.due(step):
                     objective.spread()
-                seen = watch(step) if watch else {}
+                    seen = watch()
                 rate = log.add(step, loss=float(loss), lr=lr, tokens=tokens * world, seconds=seconds, **seen)
                 looked |= {k: f"{v:.2f}" for k, v in seen.items()}
                 bar.advance(notes={"loss": f"{log.smooth:.3f}", "tokens/s": f"{rate:,.0f}", **looked})

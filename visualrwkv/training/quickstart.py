@@ -23,7 +23,7 @@ from visualrwkv.commandline import parse, run
 from visualrwkv.training.recipes import RECIPES, EncoderRecipe
 
 HOME = Path("runs/quickstart")
-RETELL: dict[str, Any] = {"steps": 380, "tokens": 2048, "lr_final": 2e-3}
+RETELL: dict[str, Any] = {"steps": 320, "tokens": 2048, "lr_final": 2e-3}
 """How the first text stage differs from the preset's. From sentences that retell a sentence a model learns soon what goes
 with what; from questions alone it does not in all the time there is."""
 

@@ -88,7 +88,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
         "language": Recipe(steps=320, lr=3e-3, lr_final=1e-3, **NANO),
         "pretrain": Recipe(steps=120, lr=5e-3, lr_final=1e-3, **NANO),
-        "finetune": Recipe(steps=820, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
+        "finetune": Recipe(steps=680, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
     },
     "v6.0": published("middle", epochs=2.0),
     "v7.00": published("first"),

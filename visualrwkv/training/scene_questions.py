@@ -21,6 +21,8 @@ TYPES = ("count", "colour", "shape", "exists", "digit", "position", "larger")
 OPENINGS = (*TYPES, "position")  # it has the most to learn: two axes, asked in two ways
 TOLD = tuple(type for type in TYPES if type not in ("position", "larger"))
 # What is asked of captions. Comparisons are left to pictures: asked in text, too, they hold up all that is learned there.
+DRILLED = ("exists", "position", "position", "position", "larger", "larger")
+# What is asked of pictures once more, as these take the longest to learn: one bit an answer, in many forms.
 
 # The share each outcome should have inside its type. "first" and "second" say where the question mentions the right
 # one of two. `exists` asks for a kind, for a colour, or for both; its last "no" comes with the right kind or the right
@@ -308,23 +310,40 @@ def dialogue(scene: Scene, rng: Random, tally: Counter, first: str, pairs: list[
     return turns
 
 
-def told_dialogue(
-    scene: Scene, rng: Random, pairs: list[tuple[str, str]] = PAIRS, types: tuple[str, ...] = TOLD, count: int = 4
-) -> list[Turn]:
-    """`count` turns about `scene`, each of any of the `types`, though earlier ones may give it away.
+def by_outcome(turns: list[Turn]) -> dict[str, dict[str, list[Turn]]]:
+    """Turns by their type and by their outcome."""
+    found: dict[str, dict[str, list[Turn]]] = {}
+    for turn in turns:
+        found.setdefault(turn.type, {}).setdefault(turn.outcome, []).append(turn)
+    return found
+
+
+def any_of(turns: dict[str, dict[str, list[Turn]]], types: tuple[str, ...], rng: Random) -> Turn:
+    """One of the turns `by_outcome`, worded: its type one of `types`, its outcome as often as it should be."""
+    kind = rng.choice([type for type in types if type in turns])
+    outcomes = sorted(turns[kind])
+    (outcome,) = rng.choices(outcomes, [OUTCOMES[kind][o] for o in outcomes])
+    return worded(rng.choice(turns[kind][outcome]), rng)
+
+
+def told_dialogue(scene: Scene, rng: Random, pairs: list[tuple[str, str]], count: int = 4) -> list[Turn]:
+    """`count` turns that the caption of `scene` answers, each of any of the types `TOLD`: all is given away already.
 
     `pairs` as in `candidates`.
     """
-    by_type: dict[str, dict[str, list[Turn]]] = {}
-    for turn in candidates(scene, rng, pairs):
-        by_type.setdefault(turn.type, {}).setdefault(turn.outcome, []).append(turn)
-    turns = []
-    for _ in range(count):
-        kind = rng.choice([type for type in types if type in by_type])
-        outcomes = sorted(by_type[kind])
-        (outcome,) = rng.choices(outcomes, [OUTCOMES[kind][o] for o in outcomes])
-        turns.append(worded(rng.choice(by_type[kind][outcome]), rng))
-    return turns
+    turns = by_outcome(candidates(scene, rng, pairs))
+    return [any_of(turns, TOLD, rng) for _ in range(count)]
+
+
+def drill(scene: Scene, rng: Random, pairs: list[tuple[str, str]], count: int = 4) -> list[Turn]:
+    """Up to `count` turns about `scene` of the types `DRILLED`, never two of one type about the same things.
+
+    `pairs` as in `candidates`.
+    """
+    turns = by_outcome(candidates(scene, rng, pairs))
+    drawn = [any_of(turns, DRILLED, rng) for _ in range(count)]
+    about = {(turn.type, turn.things, turn.said if turn.type == "exists" else ()): turn for turn in reversed(drawn)}
+    return list(reversed(about.values()))
 
 
 def retell(scene: Scene, rng: Random) -> Turn:

@@ -6,8 +6,8 @@ One to four objects, one of them perhaps a real handwritten digit, lie on an une
 is ordinary LLaVA JSON beside PNG files, so that everything downstream takes the path that users' own data takes:
 
     train.json, val.json, test.json, test_unseen.json   records {id, image, conversations, types}, a type for each turn
-    captions.json     the train pictures described, thing by thing
-    mix.json          train.json and every second caption: what stage 2 learns from
+    captions.json     the train pictures described thing by thing, or asked what a description tells
+    mix.json          train.json, every second caption, and more questions of what is hard: what stage 2 learns from
     retell.json       text only: pictures never drawn, told in one sentence and then thing by thing
     language.json     text only: the same, and questions that the sentence answers
     <split>.objects.json                        what is where in each picture, in pixels
@@ -43,6 +43,7 @@ from visualrwkv.training.scene_questions import (
     Turn,
     caption,
     dialogue,
+    drill,
     remember,
     retell,
     told_dialogue,
@@ -50,7 +51,7 @@ from visualrwkv.training.scene_questions import (
 
 __all__ = ["Scene", "Thing", "Turn", "arrange", "caption", "dialogue", "draw", "handwriting", "write"]
 
-FORMAT = 3  # raise it when the same seed gives other data
+FORMAT = 4  # raise it when the same seed gives other data
 CHUNK = 1000  # pictures that share one generator and one tally; fixed, so that the number of workers changes nothing
 SPLITS = ("train", "val", "test", "test_unseen")
 TEXTS = ("retell", "language")
@@ -215,7 +216,7 @@ def work(job: Job) -> dict[str, list]:
     """Draws one job's pictures; returns its records, captions and objects, in order."""
     rng = Random(f"{FORMAT} {job.seed} {job.size} {job.split} {job.start}")
     tally: Counter = Counter()
-    made: dict[str, list] = {"records": [], "captions": [], "objects": []}
+    made: dict[str, list] = {"records": [], "captions": [], "drills": [], "objects": []}
     firsts: list[str] = []
     for number in range(job.start, job.stop):
         name = f"{job.split}-{number:06d}"
@@ -223,7 +224,7 @@ def work(job: Job) -> dict[str, list]:
             scene = arrange(rng, rng.choice(COUNTS), rng.random() < DIGIT_SHARE, job.split, job.size)
             before = f"{caption(scene, rng)}\n"
             asked = job.split == "language" and rng.random() < ASKED_SHARE
-            turns = told_dialogue(scene, rng) if asked else [retell(scene, rng)]
+            turns = told_dialogue(scene, rng, PAIRS) if asked else [retell(scene, rng)]
             made["records"].append(record(name, turns, before))
             continue
         if not firsts:  # tests open with every type equally often
@@ -239,6 +240,8 @@ def work(job: Job) -> dict[str, list]:
         draw(scene, rng).save(job.out / image, compress_level=1)  # noise hardly compresses anyway
         made["records"].append(record(name, turns, before="<image>\n", image=image))
         made["captions"].append(record(f"caption-{name}", described, before="<image>\n", image=image))
+        again = drill(scene, rng, pairs_of(job.split))
+        made["drills"].append(record(f"drill-{name}", again, before="<image>\n", image=image))
         made["objects"].append((image, [asdict(thing) for thing in scene.things]))
     return made
 
@@ -321,11 +324,11 @@ def write(
         made = run_jobs(jobs, workers)
         for split in counts:
             done = [result for job, result in zip(jobs, made, strict=True) if job.split == split]
-            records, captions, objects = ([x for result in done for x in result[key]] for key in done[0])
+            records, captions, drills, objects = ([x for result in done for x in result[key]] for key in done[0])
             save_list(partial / f"{split}.json", records)
             if split == "train":
                 save_list(partial / "captions.json", captions)
-                save_list(partial / "mix.json", records + captions[::2])
+                save_list(partial / "mix.json", records + captions[::2] + drills)
             if split in SPLITS:
                 (partial / f"{split}.objects.json").write_text(json.dumps(dict(objects)))
         (partial / "scenes.json").write_text(json.dumps(parameters) + "\n")

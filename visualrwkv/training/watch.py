@@ -23,10 +23,12 @@ class Watch:
         ]
         self.answers = [r["conversations"][1]["value"] for r in records]
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """Accuracies after this step, if it is one to look at."""
-        if (step + 1) % self.every:
-            return {}
+    def due(self, step: int) -> bool:
+        """Whether this step is one to look at."""
+        return (step + 1) % self.every == 0
+
+    def __call__(self) -> dict[str, float]:
+        """Accuracies now."""
         self.model.eval()
         vlm = VLM(self.model)
         figures = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from visualrwkv.config import VISION_PRESETS, VRWKVConfig, preset
 from visualrwkv.files import fill, read_tensors
@@ -25,14 +26,35 @@ def q_shift(x: Tensor, grid: tuple[int, int], heads: int = 1) -> Tensor:
 
     x (B, P, D) -> (B, P, D). The order of the quarters is that of the released checkpoints, not of the paper's eq. 9.
     """
+    return QShift.apply(x, grid, heads)
+
+
+class QShift(torch.autograd.Function):
+    """`q_shift`; its gradient is the same shift the other way, where autograd would copy the whole once per quarter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
+        ctx.sizes = grid, heads
+        return moved(x, grid, heads, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, None, None]:
+        grid, heads = ctx.sizes
+        return moved(d_out, grid, heads, -1), None, None
+
+
+def moved(x: Tensor, grid: tuple[int, int], heads: int, way: int) -> Tensor:
+    """The four quarters of x (B, P, D) moved by one patch each, zeros following; way -1: back again."""
     B, P, D = x.shape
     q = D // heads // 4
-    x = x.view(B, *grid, heads, D // heads)
+    x = x.reshape(B, *grid, heads, D // heads)
     out = torch.zeros_like(x)
-    out[:, :, 1:, :, :q] = x[:, :, :-1, :, :q]
-    out[:, :, :-1, :, q : 2 * q] = x[:, :, 1:, :, q : 2 * q]
-    out[:, 1:, :, :, 2 * q : 3 * q] = x[:, :-1, :, :, 2 * q : 3 * q]
-    out[:, :-1, :, :, 3 * q : 4 * q] = x[:, 1:, :, :, 3 * q : 4 * q]
+    for quarter, (axis, step) in enumerate(((2, 1), (2, -1), (1, 1), (1, -1))):
+        channels = slice(quarter * q, (quarter + 1) * q)
+        count = x.shape[axis] - 1
+        source, target = (0, 1) if step * way > 0 else (1, 0)
+        out[..., channels].narrow(axis, target, count).copy_(x[..., channels].narrow(axis, source, count))
     out[..., 4 * q :] = x[..., 4 * q :]
     return out.view(B, P, D)
 
@@ -61,9 +83,10 @@ class SpatialMix(nn.Module):
         """(B, P, D) -> (B, P, D)."""
         T = x.shape[1]
         s = q_shift(x, grid)
-        k = self.key(s.lerp(x, self.spatial_mix_k))  # μ·x + (1 − μ)·shift(x)
-        v = self.value(s.lerp(x, self.spatial_mix_v))
-        r = self.receptance(s.lerp(x, self.spatial_mix_r))
+        step = x - s
+        k = self.key(torch.addcmul(s, step, self.spatial_mix_k))  # μ·x + (1 − μ)·shift(x)
+        v = self.value(torch.addcmul(s, step, self.spatial_mix_v))
+        r = self.receptance(torch.addcmul(s, step, self.spatial_mix_r))
         y = self.key_norm(bi_wkv(self.spatial_decay / T, self.spatial_first / T, k, v))
         return self.output(torch.sigmoid(r) * y)
 
@@ -132,8 +155,9 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, P, D) -> (B, P, D)."""
         s = q_shift(x, grid, self.n_head)
-        k = self.key_norm(torch.relu(self.key(s.lerp(x, self.spatial_mix_k))).square())
-        r = self.receptance(s.lerp(x, self.spatial_mix_r))
+        step = x - s
+        k = self.key_norm(torch.relu(self.key(torch.addcmul(s, step, self.spatial_mix_k))).square())
+        r = self.receptance(torch.addcmul(s, step, self.spatial_mix_r))
         return torch.sigmoid(r) * self.value(k)
 
 

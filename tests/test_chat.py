@@ -7,11 +7,13 @@ import torch
 
 from visualrwkv.chat import VLM, load
 from visualrwkv.checkpoint import save_model
+from visualrwkv.config import VRWKVConfig
 from visualrwkv.generate import generate, prefill, stream
 from visualrwkv.text.prompt import encode_conversation
 from visualrwkv.text.tokenizer import decode, encode
 
 SETTINGS = {"max_new_tokens": 8}
+VISION = VRWKVConfig(depth=2, width=16, patch_size=8, image_size=32, pos_grid=4)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,30 @@ def asked(text, pictures, position="middle"):
 
 def pixels_of(vlm, *pictures):
     return torch.stack([vlm.processor(p) for p in pictures]) if pictures else None
+
+
+def test_worldrwkv_has_turns_of_its_own(randomise, picture):
+    """Pictures before all, turns closed by byte 0x17, blank lines inside an answer."""
+    from visualrwkv.config import ModelConfig, RWKVConfig
+    from visualrwkv.model import VisualRWKV
+
+    config = ModelConfig(RWKVConfig(2, 32, head_size=16), VISION, "mlp", 16, "uni", "first", "world")
+    torch.manual_seed(0)
+    world = VLM(randomise(VisualRWKV(config)))
+    ids = [65535] * 16 + encode("\x16User: What is it?\x17") + encode("Assistant:")
+    assert world.prompt(1, "What is it?") == ids
+    assert world.prompt(1, "<image>\nA\n\nB ") == [65535] * 16 + encode("\x16User: A\n\nB\x17") + encode("Assistant:")
+    session = world.session(picture(0))
+    first = session.ask("What is it?", **SETTINGS)
+    assert first == world.answer(picture(0), "What is it?", **SETTINGS)
+    with torch.no_grad():
+        # the second turn goes on after the first, closed: one row with all of it gives the same logits
+        logits, state = prefill(world.model, [ids], pixels_of(world, picture(0)))
+        said = generate(world.model, logits, state, **SETTINGS)[0]
+        row = [*ids, *said, 24, *world.prompt(0, "Sure?")]
+        whole, _ = world.model(torch.tensor([row]), pixels_of(world, picture(0)))
+        continued, _ = prefill(world.model, [world.prompt(0, "Sure?")], None, session.state)
+    torch.testing.assert_close(continued[0], whole[0, -1], rtol=0, atol=2e-5)
 
 
 # One question --------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_there_and_back_through_json(vision):
         (lambda: ModelConfig(RWKVConfig(2, 64), image_tokens=8), "image_tokens is 8; it must be a square"),
         (lambda: ModelConfig(RWKVConfig(2, 64), VISION, image_tokens=25), "more than the 16 patches"),
         (lambda: ModelConfig(RWKVConfig(2, 64), scan="snake"), "scan is 'snake'; allowed are uni, bi, multi"),
-        (lambda: ModelConfig(RWKVConfig(2, 64), projector="mlp"), "projector is 'mlp'; allowed are linear, gated"),
+        (lambda: ModelConfig(RWKVConfig(2, 64), projector="conv"), "projector is 'conv'; allowed are linear, gated"),
         (lambda: ModelConfig(RWKVConfig(2, 64), image_position="top"), "image_position is 'top'"),
         (lambda: preset({"a": 1, "b": 2}, "c", "preset"), "preset is 'c'; allowed are a, b"),
         (lambda: ModelConfig.from_dict({"rwkv": {"n_layer": 2, "n_embd": 64}, "x": 1}), "has no setting 'x'"),

@@ -1,5 +1,6 @@
 """Public layouts: files made as the public codes make them are opened without sizes, and give what those codes compute."""
 
+import json
 import os
 import subprocess
 import sys
@@ -208,6 +209,7 @@ RELEASES = {  # version, encoder, projector's tensors, settings
     "v0700": (7, TOWERS, "B", (64, "uni", "first", "gated")),
     "v0700-linear": (7, TOWERS, "linear", (64, "uni", "first", "linear")),
     "v7.01": (7, SIGLIP, "B", (16, "uni", "first", "gated")),
+    "WorldRWKV": (7, SIGLIP, "mlp", (16, "uni", "first", "mlp")),
 }
 
 
@@ -223,20 +225,40 @@ def released(randomise, name):
         "linear": {"weight": (C, D)},
         "A": {"proj.weight": (C, D), "gate.weight": (C, C), "o_proj.weight": (C, C)},
         "B": {"gate.weight": (D, D), "o_proj.weight": (C, D), "ln_v.weight": (C,), "ln_v.bias": (C,)},
+        "mlp": {
+            **{"pre_norm.weight": (C,), "pre_norm.bias": (C,), "mlp.0.weight": (4 * C, D), "mlp.0.bias": (4 * C,)},
+            **{"mlp.2.weight": (C, 4 * C), "mlp.2.bias": (C,)},
+        },
     }[projector]
     generator = torch.Generator().manual_seed(2)
-    return weights | {f"proj.{k}": 0.1 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+    weights |= {f"proj.{k}": 0.1 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+    return world_names(weights) if name == "WorldRWKV" else weights
+
+
+def world_names(weights):
+    """As WorldRWKV's code names them: a bare language model, SigLIP's inner module as `model`, the projector as `adapter`."""
+    places = {"rwkv.": "", "vit.vision_model.": "model.", "proj.": "adapter."}
+    found = {}
+    for name, x in weights.items():
+        ours = next(o for o in places if name.startswith(o))
+        before = "" if ours == "rwkv." else "modality.world_encoder."
+        found[before + places[ours] + name[len(ours) :]] = x
+    return found
 
 
 def reference_forward(weights, name, model, ids, features, start):
     """The public code's way: projector, splice, then block after block on one row, odd ones with the patches turned round."""
     _, vision, kind, _ = RELEASES[name]
-    p = {k.removeprefix("proj."): v for k, v in weights.items() if k.startswith("proj.")}
+    places = ("proj.", "modality.world_encoder.adapter.")
+    p = {k.removeprefix(place): v for k, v in weights.items() for place in places if k.startswith(place)}
     if kind == "linear":
         tokens = features @ p["weight"].T
     elif kind == "A":
         h = features @ p["proj.weight"].T
         tokens = (torch.relu(h) if name == "UHD" else h * torch.sigmoid(h @ p["gate.weight"].T)) @ p["o_proj.weight"].T
+    elif kind == "mlp":
+        h = torch.relu(features @ p["mlp.0.weight"].T + p["mlp.0.bias"]) @ p["mlp.2.weight"].T + p["mlp.2.bias"]
+        tokens = h + torch.nn.functional.layer_norm(h, (128,), p["pre_norm.weight"], p["pre_norm.bias"])
     else:
         gated = features * torch.sigmoid(features @ p["gate.weight"].T)
         tokens = torch.nn.functional.layer_norm(gated @ p["o_proj.weight"].T, (128,), p["ln_v.weight"], p["ln_v.bias"])
@@ -289,6 +311,25 @@ def test_a_release_in_two_parts(randomise, tmp_path):
     assert vit.config == CLIP
     with pytest.raises(ValueError, match=r"no two parts of one model: both have rwkv\."):
         load_model(tmp_path / "x_rwkv.pth", vision=tmp_path / "x_rwkv.pth")
+
+
+def test_worldrwkv_without_its_encoder_takes_siglips_directory(randomise, tmp_path):
+    weights = released(randomise, "WorldRWKV")
+    torch.save({k: v for k, v in weights.items() if ".model." not in k}, tmp_path / "rwkv-0.pth")
+    inner = {k.split(".model.")[1]: v for k, v in weights.items() if ".model." in k}
+    (tmp_path / "siglip").mkdir()
+    save_file(
+        {f"vision_model.{k}": v.contiguous() for k, v in inner.items()}, tmp_path / "siglip" / "model.safetensors"
+    )
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
+    values = {"model_type": "siglip", "vision_config": {**sizes, "image_size": 32, "patch_size": 8}}
+    (tmp_path / "siglip" / "config.json").write_text(json.dumps(values))
+    model = load_model(tmp_path / "rwkv-0.pth", vision=tmp_path / "siglip")
+    torch.save(weights, tmp_path / "whole.pth")
+    whole = load_model(tmp_path / "whole.pth")
+    assert model.config == whole.config
+    assert model.config.template == "world"
+    torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
 def test_what_a_file_does_not_hold_can_be_told(randomise, tmp_path):

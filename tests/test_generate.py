@@ -22,6 +22,7 @@ class Scripted:
     def __init__(self, *scripts):
         self.scripts = scripts
         self.rwkv = SimpleNamespace(head=lambda hidden: hidden)
+        self.config = SimpleNamespace(end_of_turn=261)
 
     def logits(self, rows, at):
         said = [self.scripts[row][t] for row, t in zip(rows, at)]
@@ -49,6 +50,16 @@ def model(tiny_model):
 def prompts():
     turns = [[{"from": "human", "value": "<image>\n" * n + q}, {"from": "gpt", "value": ""}] for n, q in QUESTIONS]
     return [encode_conversation(t, image_tokens=16)[0] for t in turns]
+
+
+def test_a_template_says_what_ends_an_answer():
+    """A blank line is none of WorldRWKV's endings, byte 0x17 none of ours."""
+    said = [encode("a")[0], 261, encode("b")[0], 24, encode("c")[0], 0]
+    ours, world = Scripted(said), Scripted(said)
+    world.config = SimpleNamespace(end_of_turn=24)
+    assert generate(ours, *ours.start(), 6) == [said[:1]]
+    assert generate(world, *world.start(), 6) == [said[:3]]
+    assert [token for token, _ in stream(world, *world.start(), 6)] == said[:4]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1e-4, top_p=0.9, seed=1)])

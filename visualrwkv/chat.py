@@ -57,7 +57,7 @@ class VLM:
         turns = [{"from": "human", "value": value}, {"from": "gpt", "value": ""}]
         config = self.model.config
         position = image_position or config.image_position
-        return encode_conversation(turns, image_position=position, image_tokens=config.image_tokens)[0]
+        return encode_conversation(turns, config.template, position, config.image_tokens)[0]
 
     def pixels(self, pictures: Sequence[Picture]) -> Tensor | None:
         """Pictures in any form -> (I, 3, H, W), or None if there are none."""
@@ -173,7 +173,7 @@ class Session:
         for token, before in stream(model, logits, state, max_new_tokens, options):
             state = before
             ids.append(token)
-            if token in (END, END_OF_TURN):
+            if token in (END, model.config.end_of_turn):
                 break
             piece = decoder.push(token)
             piece, lead = (piece.lstrip(), lead and not piece.strip()) if lead else (piece, False)
@@ -185,10 +185,11 @@ class Session:
 
     def _close(self, text: str, ids: list[int], state: State) -> None:
         """Let the state read the end of the turn, as in training, and make it the conversation's."""
-        answer = [i for i in ids if i not in (END, END_OF_TURN)]
-        unread = [ids[-1]] if ids and ids[-1] not in (END, END_OF_TURN) else []  # the last token was not read yet
-        if not decode(answer).endswith("\n\n"):
-            unread.append(END_OF_TURN)
+        end = self.vlm.model.config.end_of_turn
+        answer = [i for i in ids if i not in (END, end)]
+        unread = [ids[-1]] if ids and ids[-1] not in (END, end) else []  # the last token was not read yet
+        if end != END_OF_TURN or not decode(answer).endswith("\n\n"):
+            unread.append(end)
         for token in unread:
             _, state = step(self.vlm.model, torch.tensor([token], device=self.vlm.model.device), state)
         self._before.append(self._now)

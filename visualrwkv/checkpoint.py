@@ -36,7 +36,7 @@ from visualrwkv.files import (
     write_directory,
     write_whole,
 )
-from visualrwkv.formats import infer_meeting, infer_rwkv, infer_vision, projector_input, public_names
+from visualrwkv.formats import infer_meeting, infer_rwkv, infer_vision, projector_input, public_names, to_world
 from visualrwkv.model import VisualRWKV
 from visualrwkv.vision.encoder import Encoder, make_encoder
 from visualrwkv.vision.openclip import open_clip_config, transformers_names
@@ -107,7 +107,7 @@ def read_model(
         return replace(read_config(place), **changes), read_tensors(place)
     weights = public_names(read_tensors(place), place)
     if second is not None:
-        more = public_names(read_tensors(second), second)
+        more = second_part(second)
         if both := sorted(weights.keys() & more.keys()):
             raise ValueError(f"{place} and {second} are no two parts of one model: both have {both[0]}")
         weights |= more
@@ -118,6 +118,13 @@ def read_model(
     found = infer_vision(encoder, place, projector_input(weights))
     _, meet = infer_meeting(rwkv, found, weights)
     return ModelConfig(rwkv, found, **{**meet.settings(found), **changes}), weights
+
+
+def second_part(place: Path) -> dict[str, Tensor]:
+    """The second file of a release in two parts: ours or public, or an encoder's own directory."""
+    if place.is_dir() and read_json(place / CONFIG).get("model_type") not in (None, MODEL_TYPE):
+        return {f"vit.{k}": v for k, v in load_vision(place).state_dict().items()}
+    return public_names(read_tensors(place), place)
 
 
 def is_ours(place: Path) -> bool:
@@ -229,8 +236,8 @@ def convert(path: str | Path, out: Path, vision: str | Path | None = None, **ove
     config, weights = read_model(place, None if vision is None else locate(vision), overrides)
     build(VisualRWKV, config, weights, place)  # strict
     if out.suffix == ".pth":
-        bare = config.vision is None
-        table = {k.removeprefix("rwkv.") if bare else k: v.contiguous() for k, v in weights.items()}
+        public = to_world(weights) if config.template == "world" or config.vision is None else weights
+        table = {k: v.contiguous() for k, v in public.items()}
         write_whole({out: lambda part: torch.save(table, part)})
     else:
         write_directory(out, {"model_type": MODEL_TYPE, **config.to_dict()}, weights)

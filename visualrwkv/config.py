@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 ImagePosition = Literal["first", "middle", "last"]
 Scan = Literal["uni", "bi", "multi"]
-ProjectorKind = Literal["linear", "gated", "output_gated", "relu"]
+ProjectorKind = Literal["linear", "gated", "output_gated", "relu", "mlp"]
 
 MODEL_TYPE = "visualrwkv"
 """What a config.json of ours says it is of, to us and to transformers."""
@@ -18,7 +18,9 @@ HUB_SETTINGS = ("model_type", "architectures", "auto_map", "dtype", "transformer
 
 IMAGE_POSITIONS: tuple[str, ...] = ("first", "middle", "last")
 SCANS: tuple[str, ...] = ("uni", "bi", "multi")
-PROJECTORS: tuple[str, ...] = ("linear", "gated", "output_gated", "relu")
+PROJECTORS: tuple[str, ...] = ("linear", "gated", "output_gated", "relu", "mlp")
+TEMPLATES: dict[str, int] = {"visualrwkv": 261, "world": 24}
+"""How turns are written, and the id that closes each: two newlines, or WorldRWKV's byte 0x17."""
 
 
 def choose(name: str, value: str, allowed: tuple[str, ...] | dict) -> None:
@@ -217,8 +219,10 @@ class ModelConfig:
     )
     scan: Scan = "bi"
     image_position: ImagePosition = "middle"
+    template: str = "visualrwkv"
 
     def __post_init__(self) -> None:
+        choose("template", self.template, TEMPLATES)
         choose("projector", self.projector, PROJECTORS)
         choose("scan", self.scan, SCANS)
         choose("image_position", self.image_position, IMAGE_POSITIONS)
@@ -241,6 +245,11 @@ class ModelConfig:
     def extra_tokens(self) -> int:
         """Image tokens after those of the grid: 1 for a class token."""
         return int(self.vision is not None and self.vision.cls_token)
+
+    @property
+    def end_of_turn(self) -> int:
+        """The id that closes a turn."""
+        return TEMPLATES[self.template]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -317,6 +326,7 @@ class MeetPreset:
     image_tokens: int  # 0: as many as the encoder has patches, and its class token
     scan: Scan
     image_position: ImagePosition = "middle"
+    template: str = "visualrwkv"
 
     def settings(self, vision: VisionConfig) -> dict[str, Any]:
         """The settings of a ModelConfig with that encoder."""
@@ -330,6 +340,7 @@ MEET_PRESETS: dict[str, MeetPreset] = {
     "UHD": MeetPreset(projector="relu", image_tokens=0, scan="bi"),
     "v7.00": MeetPreset(projector="gated", image_tokens=0, scan="uni", image_position="first"),
     "v7.01": MeetPreset(projector="gated", image_tokens=0, scan="uni", image_position="first"),
+    "WorldRWKV": MeetPreset(projector="mlp", image_tokens=0, scan="uni", image_position="first", template="world"),
 }
 
 

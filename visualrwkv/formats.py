@@ -32,6 +32,7 @@ Tensors = dict[str, Tensor]
 # Names ---------------------------------------------------------------------------------------------------------------
 
 PARTS = ("rwkv.", "vit.", "proj.")
+WORLD = "modality.world_encoder."  # what WorldRWKV's encoder and adapter lie under
 FLA_MIXES = "rwkvg"  # flash-linear-attention's order of RWKV-6's mixes; the public files have wkvrg
 
 # RWKV-org's directories for transformers: whole words where the public files abbreviate.
@@ -69,6 +70,8 @@ def public_names(weights: Tensors, path: Path) -> Tensors:
         return from_fla(weights)
     if "rwkv.embeddings.weight" in weights:
         return from_rwkv_org(weights)
+    if any(k.startswith(WORLD) for k in weights):
+        return from_world(weights)
     if "emb.weight" in weights:
         mixed = next((k for k in weights if k.startswith(PARTS)), None)
         if mixed:
@@ -78,6 +81,22 @@ def public_names(weights: Tensors, path: Path) -> Tensors:
         return plain_vit_names(weights)
     some = ", ".join(list(weights)[:3])
     raise ValueError(f"{path} is of no known format: neither emb.weight nor rwkv.emb.weight among its keys ({some}, …)")
+
+
+def from_world(weights: Tensors) -> Tensors:
+    """WorldRWKV's names to ours: the language model's bare, the encoder and its adapter below `WORLD`."""
+    parts = {f"{WORLD}adapter.": "proj.", f"{WORLD}model.": "vit.vision_model.", "": "rwkv."}
+    found = {}
+    for name, tensor in weights.items():
+        theirs = next(t for t in parts if name.startswith(t))
+        found[parts[theirs] + name[len(theirs) :]] = tensor
+    return found
+
+
+def to_world(weights: Tensors) -> Tensors:
+    """The inverse of `from_world`."""
+    parts = {"proj.": f"{WORLD}adapter.", "vit.vision_model.": f"{WORLD}model.", "rwkv.": ""}
+    return {ours + k[len(t) :]: v for k, v in weights.items() for t, ours in parts.items() if k.startswith(t)}
 
 
 def plain_vit_names(weights: Tensors) -> Tensors:
@@ -260,7 +279,7 @@ def infer_meeting(rwkv: RWKVConfig, vision: VisionConfig, weights: Tensors) -> t
     if isinstance(vision, TowersConfig):
         name = "v7.00" if rwkv.version == 7 else "UHD" if vision.tiles else "HD"
     elif vision.kind == "siglip":
-        name = "v7.01"
+        name = "WorldRWKV" if "proj.mlp.0.weight" in weights else "v7.01"
     else:
         name = "v6.0"
     meet = MEET_PRESETS[name]
@@ -269,6 +288,8 @@ def infer_meeting(rwkv: RWKVConfig, vision: VisionConfig, weights: Tensors) -> t
 
 def infer_projector(weights: Tensors, meet: MeetPreset) -> ProjectorKind:
     """The kind of a projector from its names; "output_gated" and "relu" share theirs, so that the release decides."""
+    if "proj.mlp.0.weight" in weights:
+        return "mlp"
     if "proj.ln_v.weight" in weights:
         return "gated"
     if "proj.proj.weight" in weights:
@@ -278,7 +299,7 @@ def infer_projector(weights: Tensors, meet: MeetPreset) -> ProjectorKind:
 
 def projector_input(weights: Tensors) -> int:
     """The width of the features that a projector reads; 0 without one."""
-    for name in ("proj.gate.weight", "proj.proj.weight", "proj.weight"):
+    for name in ("proj.gate.weight", "proj.proj.weight", "proj.weight", "proj.mlp.0.weight"):
         if name in weights and (name != "proj.gate.weight" or "proj.ln_v.weight" in weights):
             return weights[name].shape[1]
     return 0

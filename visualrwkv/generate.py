@@ -71,12 +71,12 @@ def step(model: VisualRWKV, tokens: Tensor, state: State) -> tuple[Tensor, State
     return model.rwkv.head(hidden[:, 0]), state
 
 
-def closes(token: int, tail: bytes) -> bool:
+def closes(token: int, tail: bytes, end_of_turn: int = END_OF_TURN) -> bool:
     """Whether an answer whose last two tokens say `tail` is over with this token.
 
     Two newlines need not be id 261: other tokens hold them too ("。\\n" and "\\n", or "\\n\\n "), so the text decides.
     """
-    return token in (END, END_OF_TURN) or b"\n\n" in tail
+    return token in (END, end_of_turn) or (end_of_turn == END_OF_TURN and b"\n\n" in tail)
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ def generate(
     model: VisualRWKV, logits: Tensor, state: State, max_new_tokens: int, sampling: Sampling | None = None
 ) -> list[list[int]]:
     """Answers to S prefilled prompts, stepped together; a finished one leaves the batch. Without their closing token."""
-    sampling = sampling or Sampling()
+    sampling, end_of_turn = sampling or Sampling(), model.config.end_of_turn
     generator = _generator(sampling, model.device)
     answers: list[list[int]] = [[] for _ in range(len(state))]
     running = list(range(len(state)))
@@ -93,9 +93,9 @@ def generate(
         going = []
         for row, token in enumerate(tokens.tolist()):
             answer = answers[running[row]]
-            if not closes(token, decode_bytes([*answer[-1:], token])):
+            if not closes(token, decode_bytes([*answer[-1:], token]), end_of_turn):
                 going.append(row)
-            if token not in (END, END_OF_TURN):
+            if token not in (END, end_of_turn):
                 answer.append(token)
         if not going:
             break
@@ -110,14 +110,14 @@ def stream(
     model: VisualRWKV, logits: Tensor, state: State, max_new_tokens: int, sampling: Sampling | None = None
 ) -> Iterator[tuple[int, State]]:
     """One answer as it grows: yields each token with the state before it, the closing token last."""
-    sampling = sampling or Sampling()
+    sampling, end_of_turn = sampling or Sampling(), model.config.end_of_turn
     generator = _generator(sampling, model.device)
     last: list[int] = []
     for _ in range(max_new_tokens):
         token = int(choose_token(logits, sampling, generator))
         yield token, state
         last = [*last[-1:], token]
-        if closes(token, decode_bytes(last)):
+        if closes(token, decode_bytes(last), end_of_turn):
             return
         logits, state = step(model, torch.tensor([token], device=model.device), state)
 

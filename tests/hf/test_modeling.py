@@ -13,7 +13,7 @@ from transformers import (
 from visualrwkv.chat import VLM, load
 from visualrwkv.checkpoint import load_model, save_model
 from visualrwkv.hf import VisualRWKVConfig, VisualRWKVForConditionalGeneration
-from visualrwkv.hf.modeling import BlankLine
+from visualrwkv.hf.modeling import TurnEnds
 from visualrwkv.text.tokenizer import encode
 
 MORE = {"max_new_tokens": 8}
@@ -138,12 +138,12 @@ def test_beams_are_refused(model, asked, questions):
 def test_a_blank_line_in_two_tokens_ends_an_answer():
     begin = encode("Assistant:")
     full, newline = encode("。\n"), encode("\n")
-    ends = BlankLine()
+    ends = TurnEnds(261)
     rows = torch.tensor([[*begin, full[0]], [*begin, encode("a")[0]]])
     assert len(full) == 1
     assert ends(rows, None).tolist() == [False, False]
     assert ends(torch.cat((rows, torch.tensor([newline, newline])), 1), None).tolist() == [True, False]
-    assert BlankLine()(torch.tensor([[*newline, *newline]]), None).tolist() == [False]  # the first is the prompt's
+    assert TurnEnds(261)(torch.tensor([[*newline, *newline]]), None).tolist() == [False]  # the first is the prompt's
 
 
 def test_a_pipeline(place, vlm, picture):

@@ -98,6 +98,22 @@ def test_pictures_as_arrays_and_files(processor, vlm, picture, tmp_path):
         assert torch.equal(processor(images=form, text="<image>", return_tensors="pt")["pixel_values"], wanted)
 
 
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("text", TEXTS[:4])
+def test_worldrwkvs_template(processor, picture, count, text):
+    from visualrwkv.hf.processing import chat_template
+
+    chat = [
+        with_pictures(text, *(picture(i) for i in range(count))),
+        {"role": "assistant", "content": "A cat.\n\nReally."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    options = {"chat_template": chat_template("first", "world"), "tokenize": True, "return_dict": True}
+    given = processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+    answer = {"from": "gpt", "value": ""}
+    assert given["input_ids"] == [encode_conversation([*turns(chat), answer], "world", image_tokens=16)[0]]
+
+
 # The tokenizer -------------------------------------------------------------------------------------------------------
 
 

@@ -126,21 +126,24 @@ def test_rates_gradients_and_what_is_frozen(tiny_model, engines, data):
 
 @pytest.mark.parametrize(("at", "crash"), [(0, False), (3, False), (1, True), (5, True)])
 def test_a_run_that_was_cut_goes_on_as_if_nothing_had_been(tiny_model, engines, data, at, crash):
-    def cut(step):
-        if step == at and crash:
-            raise RuntimeError("a crash")
-        if step == at:
-            signal.raise_signal(signal.SIGINT)
-        return {}
+    class Cut:
+        """Asked after each step whether to look at the model."""
+
+        def due(self, step):
+            if step == at and crash:
+                raise RuntimeError("a crash")
+            if step == at:
+                signal.raise_signal(signal.SIGINT)
+            return False
 
     whole, parts = run_of(data, "whole"), run_of(data, "parts")
     recipe = replace(RECIPE, save_every=3)
     assert train(tiny_model(image_tokens=4), whole, recipe)
     if crash:
         with pytest.raises(RuntimeError, match="a crash"):
-            train(tiny_model(image_tokens=4), parts, recipe, cut)
+            train(tiny_model(image_tokens=4), parts, recipe, Cut())
     else:
-        assert not train(tiny_model(image_tokens=4), parts, recipe, cut)
+        assert not train(tiny_model(image_tokens=4), parts, recipe, Cut())
     assert not (parts.out / "model.safetensors").exists()
     assert train(tiny_model(image_tokens=4), parts, recipe)
     assert len(engines[-1].rates) == 6 - ((at // 3 * 3) if crash else at + 1)

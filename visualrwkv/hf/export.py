@@ -40,7 +40,7 @@ def export(path: str | Path, out: Path, vision: str | Path | None = None, **over
     }
     with tempfile.TemporaryDirectory() as place:
         VisualRWKVProcessor.of(config).save_pretrained(place)
-        answer_settings().save_pretrained(place)
+        answer_settings(config.end_of_turn).save_pretrained(place)
         texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(place).iterdir())}
     where["AutoTokenizer"] = [where["AutoTokenizer"], None]  # the slow one, and no fast one
     for name in ("processor_config.json", "tokenizer_config.json"):

@@ -24,7 +24,7 @@ from visualrwkv.config import MODEL_TYPE, ModelConfig
 from visualrwkv.generate import closes
 from visualrwkv.model import IMAGE_PLACEHOLDER, VisualRWKV
 from visualrwkv.rwkv.state import State
-from visualrwkv.text.tokenizer import END, END_OF_TURN, decode_bytes
+from visualrwkv.text.tokenizer import END, decode_bytes
 
 
 class VisualRWKVConfig(PreTrainedConfig):
@@ -39,11 +39,12 @@ class VisualRWKVConfig(PreTrainedConfig):
     image_tokens: int = ModelConfig.image_tokens
     scan: str = ModelConfig.scan
     image_position: str = ModelConfig.image_position
+    template: str = ModelConfig.template
     tie_word_embeddings: bool = False
 
     def settings(self) -> ModelConfig:
         """The same as our dataclass; ValueError where a setting is wrong or missing."""
-        names = ("rwkv", "vision", "projector", "image_tokens", "scan", "image_position")
+        names = ("rwkv", "vision", "projector", "image_tokens", "scan", "image_position", "template")
         return ModelConfig.from_dict({name: getattr(self, name) for name in names})
 
     @property
@@ -72,23 +73,25 @@ class VisualRWKVOutput(ModelOutput):
     state: State | None = None
 
 
-class BlankLine(StoppingCriteria):
+class TurnEnds(StoppingCriteria):
     """Ends the rows whose answer is over, also where a blank line comes in two tokens neither of which is id 261."""
 
-    def __init__(self) -> None:
+    def __init__(self, end_of_turn: int) -> None:
+        self.end_of_turn = end_of_turn
         self.begin: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         """Rows so far (B, T) -> which are over (B,)."""
         self.begin = input_ids.shape[1] - 1 if self.begin is None else self.begin
         tails = input_ids[:, max(self.begin, input_ids.shape[1] - 2) :].tolist()
-        return torch.tensor([closes(tail[-1], decode_bytes(tail)) for tail in tails], device=input_ids.device)
+        over = [closes(tail[-1], decode_bytes(tail), self.end_of_turn) for tail in tails]
+        return torch.tensor(over, device=input_ids.device)
 
 
-def answer_settings() -> GenerationConfig:
+def answer_settings(end_of_turn: int) -> GenerationConfig:
     """How an answer is generated unless the caller says otherwise: greedy, as `VLM.answer`."""
     return GenerationConfig(
-        bos_token_id=END, eos_token_id=[END, END_OF_TURN], pad_token_id=END, max_new_tokens=256, do_sample=False
+        bos_token_id=END, eos_token_id=[END, end_of_turn], pad_token_id=END, max_new_tokens=256, do_sample=False
     )
 
 
@@ -107,7 +110,7 @@ class VisualRWKVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         network = VisualRWKV(config.settings())
         self.__dict__["network"] = network  # not a submodule: its parts are, by the names of every file of ours
         self.rwkv, self.vit, self.proj = network.rwkv, network.vit, network.proj
-        self.generation_config = answer_settings()
+        self.generation_config = answer_settings(network.config.end_of_turn)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -175,7 +178,7 @@ class VisualRWKVForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         get: Any = super()._get_stopping_criteria  # type: ignore[misc]
-        return StoppingCriteriaList([*get(*args, **kwargs), BlankLine()])
+        return StoppingCriteriaList([*get(*args, **kwargs), TurnEnds(self.network.config.end_of_turn)])
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("num_beams is above 1, and beams cannot share a state; num_return_sequences can be above 1")

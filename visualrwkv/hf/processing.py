@@ -87,9 +87,9 @@ class VisualRWKVImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": torch.stack(pixels)}, tensor_type=return_tensors)
 
 
-def chat_template(image_position: ImagePosition = "middle") -> str:
-    """Our prompt in Jinja: the same text as `encode_conversation`'s. `image_position` may be given to it as a variable."""
-    template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+def chat_template(image_position: ImagePosition, name: str) -> str:
+    """A model's prompt in Jinja: the same text as `encode_conversation`'s. `image_position` may be given to it as a variable."""
+    template = Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8")
     return template.replace("POSITION", repr(image_position)).replace("SHORT_ANSWER", repr(SHORT_ANSWER))
 
 
@@ -123,7 +123,7 @@ class VisualRWKVProcessor(ProcessorMixin):
             VisualRWKVImageProcessor(vision),
             WorldTokenizer(),
             config.image_tokens,
-            chat_template(config.image_position),
+            chat_template(config.image_position, config.template),
         )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:

@@ -15,8 +15,8 @@ IGNORE = -100
 """The label of a position that is not learned."""
 IMAGE_TAG = "<image>"
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-PROTOCOLS = ("visualrwkv", "v6.0", "v7.00")
-PLACEHOLDER = {"visualrwkv": 65535, "v7.00": 65535, "v6.0": -200}
+PROTOCOLS = ("visualrwkv", "v6.0", "v7.00", "world")
+PLACEHOLDER = {"visualrwkv": 65535, "v7.00": 65535, "v6.0": -200, "world": 65535}
 """The id that stands for a picture: one for each image token, but in v6.0 one for the whole picture."""
 
 Turn = Mapping[str, str]
@@ -55,10 +55,13 @@ def encode_conversation(
     conversations: [{"from": "human" | "gpt", "value": str}, …]; a last gpt turn with an empty value leaves "Assistant:"
     open for the model to go on. protocol "visualrwkv": each sandwich opens with its own turn's question only; "v6.0" and
     "v7.00": exactly the ids and labels of the reference, "v6.0" with one placeholder −200 and all questions in the
-    sandwich. image_tokens: how many ids stand for a picture. ValueError for other roles, protocols or positions.
+    sandwich; "world": WorldRWKV's turns, its pictures before all. image_tokens: how many ids stand for a picture. ValueError
+    for other roles, protocols or positions.
     """
     choose("protocol", protocol, PROTOCOLS)
     choose("image_position", image_position, IMAGE_POSITIONS)
+    if protocol == "world":
+        return encode_world(conversations, image_tokens)
     slots = [PLACEHOLDER[protocol]] * (1 if protocol == "v6.0" else image_tokens)
     bare = without_tags if protocol == "visualrwkv" else lambda text: clean(text.replace(IMAGE_TAG, ""))
     questions = [t["value"] for t in conversations if t["from"].lower() == "human"]
@@ -78,6 +81,26 @@ def encode_conversation(
         elif role == "gpt":
             new = encode(f"Assistant: {clean(value)}\n\n") if value.strip() else encode("Assistant:")
             masked = 3  # "Assistant", ":" and what the two make with the rest: given, not learned
+        else:
+            raise ValueError(f"a turn is from {turn['from']!r}; allowed are human, gpt")
+        ids += new
+        labels += [IGNORE] * masked + new[masked:]
+    return ids, labels
+
+
+def encode_world(conversations: Sequence[Turn], image_tokens: int) -> tuple[list[int], list[int]]:
+    """Ids and labels of turns that byte 0x17 closes; a turn's pictures come before it."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn in conversations:
+        role, value = turn["from"].lower(), turn["value"]
+        if role == "human":
+            text = value.replace(IMAGE_TAG, "").strip()
+            new = [PLACEHOLDER["world"]] * (image_tokens * value.count(IMAGE_TAG)) + encode(f"\x16User: {text}\x17")
+            masked = len(new)
+        elif role == "gpt":
+            new = encode(f"Assistant: {value.strip()}\x17") if value.strip() else encode("Assistant:")
+            masked = len(encode("Assistant:"))
         else:
             raise ValueError(f"a turn is from {turn['from']!r}; allowed are human, gpt")
         ids += new

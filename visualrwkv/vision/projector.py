@@ -1,4 +1,4 @@
-"""From the encoder's width to the language model's. No biases; parameter names are the public checkpoints'."""
+"""From the encoder's width to the language model's. Parameter names are the public checkpoints'."""
 
 from __future__ import annotations
 
@@ -39,10 +39,26 @@ class OutputGatedProjector(nn.Module):
         return self.o_proj(torch.relu(h) if self.relu else h * torch.sigmoid(self.gate(h)))
 
 
+class MlpProjector(nn.Module):
+    """y = h + LN(h) with h = B relu(A x), with biases, four times wider inside: the adapter of WorldRWKV."""
+
+    def __init__(self, width: int, n_embd: int):
+        super().__init__()
+        self.pre_norm = nn.LayerNorm(n_embd)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * n_embd), nn.ReLU(), nn.Linear(4 * n_embd, n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., C)."""
+        h = self.mlp(x)
+        return h + self.pre_norm(h)
+
+
 def make_projector(kind: ProjectorKind, width: int, n_embd: int) -> nn.Module:
     """The projector of that kind: (..., width) -> (..., n_embd)."""
     if kind == "gated":
         return GatedProjector(width, n_embd)
+    if kind == "mlp":
+        return MlpProjector(width, n_embd)
     if kind == "linear":
         return nn.Linear(width, n_embd, bias=False)
     return OutputGatedProjector(width, n_embd, relu=kind == "relu")

@@ -91,6 +91,11 @@ def test_a_run_leaves_all_that_it_should(whole, place):
     assert {"rwkv.head.weight", "proj.gate.weight", "rwkv.blocks.3.att.time_faaaa", "rwkv.ln_out.bias"} <= moved
 
 
+def shared_memory() -> set[str]:
+    """What DeepSpeed has left in memory that outlives processes."""
+    return {path.name for path in Path("/dev/shm").glob("deepspeed*")}
+
+
 @pytest.fixture(scope="module")
 def whole_adamw(place) -> Path:
     done = train(place, "adamw", "--accumulate", "2", "--optimizer", "adamw")
@@ -100,9 +105,10 @@ def whole_adamw(place) -> Path:
 
 @pytest.mark.parametrize(("optimizer", "zero"), [("muon", 0), ("adamw", 0), ("adamw", 1), ("adamw", 2), ("adamw", 3)])
 def test_two_ranks_do_what_one_does_with_accumulation(whole, whole_adamw, place, optimizer, zero):
-    out = f"two-{optimizer}-{zero}"
+    out, before = f"two-{optimizer}-{zero}", shared_memory()
     done = train_on_two(place, out, "--zero", str(zero), "--optimizer", optimizer)
     assert done.returncode == 0, done.stderr
+    assert shared_memory() == before
     wanted = weights(whole if optimizer == "muon" else whole_adamw)
     for name, tensor in weights(place / out).items():
         torch.testing.assert_close(tensor, wanted[name], rtol=2e-3, atol=2e-4, msg=name)

@@ -1,5 +1,6 @@
 """Public layouts: files made as the public codes make them are opened without sizes, and give what those codes compute."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,11 +11,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visualrwkv.checkpoint import convert, describe, load_model, load_vision
-from visualrwkv.config import RWKVConfig, TowersConfig, ViTConfig
+from visualrwkv.checkpoint import convert, describe, load_model, load_vision, save_model
+from visualrwkv.config import (
+    MEET_PRESETS,
+    RWKV_PRESETS,
+    VISION_PRESETS,
+    ModelConfig,
+    RWKVConfig,
+    TowersConfig,
+    ViTConfig,
+)
 from visualrwkv.files import read_tensors
 from visualrwkv.formats import from_fla
-from visualrwkv.model import IMAGE_PLACEHOLDER, LANGUAGE_MODELS
+from visualrwkv.model import IMAGE_PLACEHOLDER, LANGUAGE_MODELS, VisualRWKV
 from visualrwkv.vision.encoder import make_encoder
 
 RANKS = {"decay_rank": 8, "rate_rank": 8, "value_rank": 8, "gate_rank": 8}
@@ -384,6 +393,18 @@ def test_there_and_back_is_bit_exact(randomise, tmp_path, name):
     assert convert(tmp_path / "ours", tmp_path / "back.pth") == config
     same(read_tensors(tmp_path / "back.pth"), weights)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back.pth", "ours", "release.pth"]
+
+
+def test_a_quickstart_model_there_and_back(randomise, tmp_path):
+    """No release has its encoder, but its `.pth` opens all the same."""
+    vision = VISION_PRESETS["vrwkv_nano"]
+    config = ModelConfig(RWKV_PRESETS["rwkv6-nano"], vision, **MEET_PRESETS["nano"].settings(vision))
+    model = randomise(VisualRWKV(config))
+    save_model(model, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "model.pth")
+    again = load_model(tmp_path / "model.pth")
+    assert dataclasses.replace(again.config, rwkv=config.rwkv) == config
+    same(again.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("version", CONFIGS)

@@ -258,13 +258,13 @@ def _infer_vit(weights: Tensors) -> ViTConfig:
 
 
 def _infer_vrwkv(weights: Tensors, path: Path) -> VRWKVConfig:
-    """One of the official sizes: pre- or post-norm leaves no trace in the tensors, so that the width must tell."""
+    """One of the family: pre- or post-norm leaves no trace in the tensors, so that the width must tell."""
     width = weights["patch_embed.projection.weight"].shape[0]
     kind = "vrwkv6" if "layers.0.att.time_faaaa" in weights else "vrwkv"
-    official = {name: c for name, c in VISION_PRESETS.items() if c.kind == kind and c.classes}
-    fits = [c for c in official.values() if c.width == width]
+    known = {name: c for name, c in VISION_PRESETS.items() if c.kind == kind}
+    fits = [c for c in known.values() if c.width == width]
     if not fits:
-        sizes = ", ".join(f"{name} ({c.width})" for name, c in official.items())
+        sizes = ", ".join(f"{name} ({c.width})" for name, c in known.items())
         raise ValueError(f"{path} holds a {kind} of width {width}; known are {sizes}")
     last = weights.get("head.fc.weight", weights.get("head.2.weight"))
     changed = {"classes": 0 if last is None else last.shape[0]} | ({} if last is not None else {"head_width": 0})
@@ -278,6 +278,8 @@ def infer_meeting(rwkv: RWKVConfig, vision: VisionConfig, weights: Tensors) -> t
     """Which release a model is like, by name, and what its file does not hold: image tokens, scan, image position."""
     if isinstance(vision, TowersConfig):
         name = "v7.00" if rwkv.version == 7 else "UHD" if vision.tiles else "HD"
+    elif isinstance(vision, VRWKVConfig):
+        name = "nano"
     elif vision.kind == "siglip":
         name = "WorldRWKV" if "proj.mlp.0.weight" in weights else "v7.01"
     else:

@@ -160,7 +160,7 @@ constexpr int VECTORS = 2, WIDE = VECTORS * simd::FLOATS;  // channels taken tog
 constexpr int64_t TILE = 16;
 constexpr float RANGE = 60.0f;  // of the exponents: e^60 and e^-60 times a few thousand are well within fp32
 
-constexpr int64_t AHEAD = 12;  // rows that are asked for before they are needed: rows lie too far apart for the machine to guess
+constexpr int64_t AHEAD = 12;  // rows are asked for so long before they are needed; they lie too far apart to be guessed
 
 inline void fetch(const float* row) {
     for (int c = 0; c < VECTORS; c++) __builtin_prefetch(row + c * simd::FLOATS);

@@ -50,9 +50,9 @@ inline void unpack(int64_t steps, int n, int64_t stride, const float* from, floa
 inline void pack_decay(int64_t steps, int n, int64_t stride, const float* raw, float* log_decay, float* decay) {
     for (int64_t t = 0; t < steps; t++) {
         for (int i = 0; i < n; i += LANES) {
-            vecf g = -simd::exp(simd::load(raw + t * stride + i));
+            vecf g = -simd::exp_or_zero(simd::load(raw + t * stride + i));
             if (log_decay) simd::store(log_decay + t * n + i, g);
-            simd::store(decay + t * n + i, simd::exp(g));
+            simd::store(decay + t * n + i, simd::exp_or_zero(g));
         }
     }
 }

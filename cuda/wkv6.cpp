@@ -36,13 +36,29 @@ constexpr float DEAD = -17.0f;  // log decay below which d/dw = g e^g (...) is u
 
 enum class Decay { rows, lanes };
 
+// Rows that the next tile will be packed from, and rows that this one's results go to. They lie too far apart for the
+// machine to guess, so a scan, which has the memory to itself, asks for them while it computes: a line of each a step.
+struct Ahead {
+    const float *read[4], *written[4];  // one may stand there several times
+    int64_t stride;
+
+    // The line that block number `block` of a scan follows down the rows.
+    static const float* line(const float* const tensors[4], int block, int n) {
+        constexpr int LINE = 16;
+        return tensors[block * LINE / n % 4] + block * LINE % n;
+    }
+};
+
 // The scan over a packed tile of `steps` rows of n floats. ROWS x COLS vectors of `matrix` (n, n) stay in registers.
 template <int ROWS, int COLS, Decay DECAY>
 inline __attribute__((always_inline)) void scan_blocks(int n, int64_t steps, Direction direction, const float* x,
                                                        const float* w, const float* p, const float* q, float* out,
-                                                       float* matrix) {
+                                                       float* matrix, const Ahead& ahead) {
+    int number = 0;
     for (int column = 0; column < n; column += COLS * LANES) {
         for (int row = 0; row < n; row += ROWS) {
+            const float* next = Ahead::line(ahead.read, number, n);
+            const float* results = Ahead::line(ahead.written, number++, n);
             float* block = matrix + row * n + column;
             vecf a[ROWS][COLS];
             for (int i = 0; i < ROWS; i++)
@@ -52,6 +68,8 @@ inline __attribute__((always_inline)) void scan_blocks(int n, int64_t steps, Dir
                 const float *x_t = x + t + row, *p_t = p + t + row, *w_row = w + t + row;
                 const float *q_t = q + t + column, *w_lane = w + t + column;
                 float* out_t = out + t + column;
+                __builtin_prefetch(next + step * ahead.stride);
+                __builtin_prefetch(results + step * ahead.stride, 1);
                 vecf y[COLS], q_c[COLS];
                 for (int c = 0; c < COLS; c++) {
                     y[c] = simd::load(out_t + c * LANES);
@@ -75,10 +93,10 @@ inline __attribute__((always_inline)) void scan_blocks(int n, int64_t steps, Dir
 // N fixed at compile time for the usual head sizes; N = 0 takes any multiple of 16 at run time.
 template <int N, Decay DECAY>
 void scan(int n, int64_t steps, Direction direction, const float* x, const float* w, const float* p, const float* q,
-          float* out, float* matrix) {
+          float* out, float* matrix, const Ahead& ahead) {
     constexpr int COLS = tiles::columns(N, simd::REGISTERS / 8);
     constexpr int ROWS = BLOCK / COLS;
-    scan_blocks<ROWS, COLS, DECAY>(N ? N : n, steps, direction, x, w, p, q, out, matrix);
+    scan_blocks<ROWS, COLS, DECAY>(N ? N : n, steps, direction, x, w, p, q, out, matrix, ahead);
 }
 
 float dot(int n, const float* a, const float* b, const float* c) {
@@ -115,7 +133,10 @@ void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& 
                     const float ruk = dot(n, r + t * n, u, k + t * n);
                     for (int j = 0; j < n; j += LANES) simd::store(out + t * n + j, ruk * simd::load(v + t * n + j));
                 }
-                scan<N, Decay::rows>(n, steps, Direction::forwards, r, w, k, v, out, state);
+                const int64_t next = t0 + tile < end ? at + tile * stride : at;
+                const Ahead ahead{
+                    {in.r + next, in.k + next, in.v + next, in.w + next}, {y + at, y + at, y + at, y + at}, stride};
+                scan<N, Decay::rows>(n, steps, Direction::forwards, r, w, k, v, out, state, ahead);
                 unpack(steps, n, stride, out, y + at);
             }
         }
@@ -142,9 +163,9 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
     const int64_t stride = heads * n, tile = std::min(TILE, seqs.longest());
 #pragma omp parallel if (seqs.rows() * stride * n > tiles::PARALLEL_WORK)
     {
-        Scratch<float> scratch(10 * tile * n + 2 * n * n), checkpoints;
-        float *r = scratch.data(), *k = r + tile * n, *v = k + tile * n, *w = v + tile * n, *g = w + tile * n;
-        float *dout = g + tile * n, *dr = dout + tile * n, *dk = dr + tile * n, *dv = dk + tile * n;
+        Scratch<float> scratch(8 * tile * n + 2 * n * n), checkpoints, decays;
+        float *r = scratch.data(), *k = r + tile * n, *v = k + tile * n, *dout = v + tile * n;
+        float *dr = dout + tile * n, *dk = dr + tile * n, *dv = dk + tile * n;
         float *A = dv + tile * n, *G_transposed = A + tile * n, *S_transposed = G_transposed + n * n;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < seqs.count * heads; item++) {
@@ -155,6 +176,8 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
             float* G = grad.state + item * n * n;
             float* du = grad.u + item * n;
             float* states = checkpoints.reserve(tiles_here * n * n);  // S^T at the end of each tile
+            float* all_w = decays.reserve(2 * (end - begin) * n);     // the decay and its logarithm, needed twice
+            float* all_g = all_w + (end - begin) * n;
             std::memcpy(G, dfinal + item * n * n, n * n * sizeof(float));
             std::fill(du, du + n, 0.0f);
             transpose(n, n, G, G_transposed);
@@ -165,9 +188,14 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
                 pack(steps, n, stride, in.k + at, k);
                 pack(steps, n, stride, in.v + at, v);
                 pack(steps, n, stride, dy + at, dout);
-                pack_decay(steps, n, stride, in.w + at, nullptr, w);
+                float* w = all_w + (t0 - begin) * n;
+                pack_decay(steps, n, stride, in.w + at, all_g + (t0 - begin) * n, w);
                 std::fill(dr, dr + steps * n, 0.0f);
-                scan<N, Decay::lanes>(n, steps, Direction::forwards, dout, w, v, k, dr, S_transposed);
+                const int64_t next = t0 + tile < end ? at + tile * stride : at;
+                const float* results = grad.r + at;
+                const Ahead ahead{
+                    {in.k + next, in.v + next, dy + next, in.w + next}, {results, results, results, results}, stride};
+                scan<N, Decay::lanes>(n, steps, Direction::forwards, dout, w, v, k, dr, S_transposed, ahead);
                 unpack(steps, n, stride, dr, grad.r + at);
                 std::memcpy(states + i * n * n, S_transposed, n * n * sizeof(float));
             }
@@ -178,7 +206,7 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
                 pack(steps, n, stride, in.k + at, k);
                 pack(steps, n, stride, in.v + at, v);
                 pack(steps, n, stride, dy + at, dout);
-                pack_decay(steps, n, stride, in.w + at, g, w);
+                const float *w = all_w + (t0 - begin) * n, *g = all_g + (t0 - begin) * n;
                 const float* S_end = states + i * n * n;
                 for (int c = 0; c < n; c += LANES) {
                     vecf a = {};
@@ -186,9 +214,13 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
                     simd::store(A + c, a);
                 }
                 std::fill(dk, dk + steps * n, 0.0f);
-                scan<N, Decay::lanes>(n, steps, Direction::backwards, v, w, dout, r, dk, G_transposed);
+                const int64_t next = i > 0 ? at - tile * stride : at;
+                const float *saved = grad.r + next, *dw_t = grad.w + at, *dk_t = grad.k + at, *dv_t = grad.v + at;
+                const Ahead inputs{{in.r + next, in.k + next, in.v + next, dy + next}, {dw_t, dk_t, dv_t, dv_t}, stride};
+                const Ahead rest{{saved, saved, saved, saved}, {dw_t, dk_t, dv_t, dv_t}, stride};
+                scan<N, Decay::lanes>(n, steps, Direction::backwards, v, w, dout, r, dk, G_transposed, inputs);
                 std::fill(dv, dv + steps * n, 0.0f);
-                scan<N, Decay::rows>(n, steps, Direction::backwards, k, w, r, dout, dv, G);
+                scan<N, Decay::rows>(n, steps, Direction::backwards, k, w, r, dout, dv, G, rest);
                 for (int64_t t = steps - 1; t >= 0; t--) {
                     const int64_t here = at + t * stride, tn = t * n;
                     const float v_dy = dot(n, v + tn, dout + tn), ruk = dot(n, r + tn, u, k + tn);

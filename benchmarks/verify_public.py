@@ -58,6 +58,8 @@ def stated(name: str) -> str | None:
     from huggingface_hub import HfApi
 
     repository, _, file = name.partition(":")
+    if not file:
+        sys.exit(f"{name} is a whole repository: give one of its files, {name}:FILE")
     (info,) = HfApi().get_paths_info(repository, [file])
     return info.lfs.sha256 if info.lfs else None
 
@@ -89,8 +91,11 @@ def main() -> None:
     from visualrwkv.generate import Sampling, generate, prefill
     from visualrwkv.text.tokenizer import decode, encode
 
+    wanted = options.sha256 or stated(options.file)
     place = locate(options.file)
-    found, wanted = sha256(place) if place.is_file() else "", options.sha256 or stated(options.file)
+    if place.is_dir():
+        sys.exit(f"{options.file} is a directory: give a file, as it was published")
+    found = sha256(place)
     if wanted and found != wanted:
         sys.exit(f"{options.file} has SHA-256 {found}, and {wanted} is stated: it is another file, or was cut off")
     print(f"SHA-256 {found} ({'as stated' if wanted else 'nothing to compare it with'})")

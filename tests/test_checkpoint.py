@@ -88,7 +88,7 @@ def test_a_vision_encoder_alone_and_out_of_a_whole_model(whole, tmp_path):
         found = load_vision(tmp_path / name)
         assert found.config == whole.config.vision
         torch.testing.assert_close(found.state_dict(), whole.vit.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"holds a vrwkv of width 16; known are vrwkv_t \(192\)"):
+    with pytest.raises(ValueError, match=r"holds a vrwkv of width 16; known are vrwkv_nano \(128\), vrwkv_t \(192\)"):
         load_vision(tmp_path / "vit" / WEIGHTS)
 
 

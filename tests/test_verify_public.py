@@ -1,5 +1,6 @@
 """The check of a public file, on small files of the same layouts."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -50,7 +51,25 @@ def test_another_file_than_stated(released):
     assert "is stated: it is another file, or was cut off" in done.stderr
 
 
-def test_another_model_than_the_package_computes(released, tmp_path):
+def test_another_model_than_the_package_computes(released, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("verify_public", ROOT / "benchmarks/verify_public.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    peer = script.peer
+
+    def other(*arguments):
+        logits, said = peer(*arguments)
+        logits[7] += 0.01 * logits.std()
+        return logits, said
+
+    monkeypatch.setattr(script, "peer", other)
+    monkeypatch.setattr(sys, "argv", ["verify_public.py", str(released)])
+    with pytest.raises(SystemExit, match="the language model is not the rwkv package's"):
+        script.main()
+    assert "differ from the rwkv package's by 1.0e-02" in capsys.readouterr().out
+
+
+def test_a_file_without_a_tensor(released, tmp_path):
     """Without its first norm a file is none of the layout: said, not computed."""
     weights = torch.load(released)
     del weights["rwkv.blocks.0.ln0.weight"]

@@ -8,6 +8,7 @@ classification files).
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from visualrwkv.config import (
     MODEL_TYPE,
     ModelConfig,
     VisionConfig,
+    ViTConfig,
     preset,
     vision_config,
 )
@@ -60,7 +62,7 @@ __all__ = [
 log = logging.getLogger("visualrwkv")
 VISION_TYPE = MODEL_TYPE + "-vision"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SETTINGS = ("image_tokens", "scan", "image_position", "projector")
+SETTINGS = ("image_tokens", "scan", "image_position", "projector", "template")
 OPEN_CLIP = "open_clip:"
 
 
@@ -106,8 +108,9 @@ def read_model(
             raise ValueError(f"{place} is a whole model; it takes no second file ({second})")
         return replace(read_config(place), **changes), read_tensors(place)
     weights = public_names(read_tensors(place), place)
+    known: VisionConfig | None = None
     if second is not None:
-        more = second_part(second)
+        more, known = second_part(second)
         if both := sorted(weights.keys() & more.keys()):
             raise ValueError(f"{place} and {second} are no two parts of one model: both have {both[0]}")
         weights |= more
@@ -115,16 +118,17 @@ def read_model(
     encoder = {k.removeprefix("vit."): v for k, v in weights.items() if k.startswith("vit.")}
     if not encoder:
         return ModelConfig(rwkv), weights
-    found = infer_vision(encoder, place, projector_input(weights))
+    found = known or infer_vision(encoder, place, projector_input(weights))
     _, meet = infer_meeting(rwkv, found, weights)
     return ModelConfig(rwkv, found, **{**meet.settings(found), **changes}), weights
 
 
-def second_part(place: Path) -> dict[str, Tensor]:
-    """The second file of a release in two parts: ours or public, or an encoder's own directory."""
+def second_part(place: Path) -> tuple[dict[str, Tensor], VisionConfig | None]:
+    """The second file of a release in two parts, or an encoder's own directory, whose config then comes with it."""
     if place.is_dir() and read_json(place / CONFIG).get("model_type") not in (None, MODEL_TYPE):
-        return {f"vit.{k}": v for k, v in load_vision(place).state_dict().items()}
-    return public_names(read_tensors(place), place)
+        encoder = load_vision(place)
+        return {f"vit.{k}": v for k, v in encoder.state_dict().items()}, encoder.config
+    return public_names(read_tensors(place), place), None
 
 
 def is_ours(place: Path) -> bool:
@@ -226,21 +230,32 @@ def save_vision(vit: Encoder, directory: str | Path) -> None:
     write_directory(Path(directory), {"model_type": VISION_TYPE, "vision": asdict(vit.config)}, vit.state_dict())
 
 
-def convert(path: str | Path, out: Path, vision: str | Path | None = None, **overrides: Any) -> ModelConfig:
+def convert(
+    path: str | Path,
+    out: Path,
+    vision: str | Path | None = None,
+    beside: Callable[[ModelConfig], dict[str, str]] | None = None,
+    **overrides: Any,
+) -> ModelConfig:
     """Write any model as our directory or, where `out` ends in .pth, in the public layout; every number stays as it is.
 
-    In a public file the language model alone has no `rwkv.` before its names. Returns the config; errors as `load_model`,
-    and nothing is written then.
+    In a public file the language model alone has no `rwkv.` before its names. beside: what else the directory holds, as
+    texts by their names; its config.json adds to ours. Returns the config; errors as `load_model`, and nothing is written
+    then.
     """
     place = locate(path)
     config, weights = read_model(place, None if vision is None else locate(vision), overrides)
     build(VisualRWKV, config, weights, place)  # strict
     if out.suffix == ".pth":
-        public = to_world(weights) if config.template == "world" or config.vision is None else weights
+        worlds = config.template == "world" and isinstance(config.vision, ViTConfig)
+        public = to_world(weights) if worlds or config.vision is None else weights
         table = {k: v.contiguous() for k, v in public.items()}
         write_whole({out: lambda part: torch.save(table, part)})
     else:
-        write_directory(out, {"model_type": MODEL_TYPE, **config.to_dict()}, weights)
+        values = {"model_type": MODEL_TYPE, **config.to_dict()}
+        texts = beside(config) if beside else {}
+        extra = json.loads(texts.pop(CONFIG, "{}"))
+        write_directory(out, values | extra, weights, texts)
     return config
 
 

@@ -32,7 +32,7 @@ class Compose:
     lm: str  # a language model's file, directory or Hub id
     vision: str  # a vision encoder's; or open_clip:NAME:TAG
     out: tyro.conf.Positional[Path]
-    preset: str = "nano"  # how they meet: nano, v6.0, HD, UHD, v7.00 or v7.01
+    preset: str = "nano"  # how they meet: nano, v6.0, HD, UHD, v7.00, v7.01 or WorldRWKV
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Told:
     scan: str | None = None
     image_position: str | None = None
     projector: str | None = None
+    template: str | None = None  # how turns are written: visualrwkv or world
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,13 @@ def convert(args: list[str]) -> None:
     options = parse(Convert, args)
 
     if options.hf:
-        from visualrwkv.hf import export as write
-    else:
-        from visualrwkv.checkpoint import convert as write
+        from visualrwkv.hf import export
 
-    config = write(options.file, options.out, **told(options))
+        config = export(options.file, options.out, **told(options))
+    else:
+        from visualrwkv import checkpoint
+
+        config = checkpoint.convert(options.file, options.out, **told(options))
     if config.vision:
         print(f"{config.image_tokens} image tokens, scan {config.scan}, position {config.image_position}")
     print(f"wrote {options.out}")

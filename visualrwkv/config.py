@@ -13,8 +13,8 @@ ProjectorKind = Literal["linear", "gated", "output_gated", "relu", "mlp"]
 
 MODEL_TYPE = "visualrwkv"
 """What a config.json of ours says it is of, to us and to transformers."""
-HUB_SETTINGS = ("model_type", "architectures", "auto_map", "dtype", "transformers_version", "tie_word_embeddings")
-"""What else transformers keeps in a config.json."""
+HUB_SETTINGS = ("model_type", "architectures", "auto_map")
+"""What transformers needs in a config.json of ours."""
 
 IMAGE_POSITIONS: tuple[str, ...] = ("first", "middle", "last")
 SCANS: tuple[str, ...] = ("uni", "bi", "multi")
@@ -259,6 +259,8 @@ class ModelConfig:
         """The inverse of `to_dict`; an unknown or missing setting is a ValueError that names it."""
         rwkv = from_values(RWKVConfig, data.get("rwkv") or {})
         vision = vision_config(data["vision"]) if data.get("vision") else None
+        if "transformers_version" in data:  # written by transformers, with whatever else it keeps there
+            data = {k: v for k, v in data.items() if k in {f.name for f in dataclasses.fields(cls)}}
         known = {k: v for k, v in data.items() if k not in HUB_SETTINGS}
         return from_values(cls, known | {"rwkv": rwkv, "vision": vision})
 

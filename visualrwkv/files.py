@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -127,15 +128,17 @@ def write_whole(writers: Mapping[Path, Callable[[Path], object]]) -> None:
             part.unlink(missing_ok=True)
 
 
-def write_directory(directory: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Write our format: a config and the weights, as contiguous tensors of the CPU."""
+def write_directory(
+    directory: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], texts: Mapping[str, str] | None = None
+) -> None:
+    """Write our format: a config and the weights, as contiguous tensors of the CPU; and further texts by their names."""
     kept = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    write_whole(
-        {
-            directory / WEIGHTS: lambda part: save_file(kept, part, metadata={"format": "pt"}),
-            directory / CONFIG: lambda part: part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
-        }
-    )
+    writers: dict[Path, Callable[[Path], object]] = {
+        directory / name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in (texts or {}).items()
+    }
+    writers[directory / WEIGHTS] = lambda part: save_file(kept, part, metadata={"format": "pt"})
+    writers[directory / CONFIG] = lambda part: part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_whole(writers)
 
 
 def model_hash(path: str | Path) -> str:

@@ -25,6 +25,9 @@ processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 content = [{"type": "image", "image": Image.open(sys.argv[2])}, {"type": "text", "text": "What is this?"}]
 inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True,
                                        return_tensors="pt", add_generation_prompt=True)
+if sys.argv[3:]:
+    model.save_pretrained(sys.argv[3])
+    processor.save_pretrained(sys.argv[3])
 out = model.generate(**inputs, max_new_tokens=8)
 print(repr(processor.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()))
 import visualrwkv
@@ -42,18 +45,21 @@ def exported(place, tmp_path_factory):
 def test_without_the_package(exported, vlm, picture, tmp_path):
     picture(0).save(tmp_path / "a.png")
     settings = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, exported, tmp_path / "a.png"],
-        cwd=tmp_path,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    answer, package = done.stdout.splitlines()[-2:]
-    assert answer == repr(vlm.answer(picture(0), "What is this?", max_new_tokens=8))
-    assert package.startswith(str(tmp_path / "hub"))
+    again = tmp_path / "again"
+    for words in ([exported, tmp_path / "a.png", again], [again, tmp_path / "a.png"]):  # exported, and saved from there
+        done = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE, *map(str, words)],
+            cwd=tmp_path,
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        answer, package = done.stdout.splitlines()[-2:]
+        assert answer == repr(vlm.answer(picture(0), "What is this?", max_new_tokens=8))
+        assert package.startswith(str(tmp_path / "hub"))
+    assert not (again / "processing.py").exists()
 
 
 def test_it_is_a_directory_of_ours(exported, place, vlm, picture):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -13,7 +14,7 @@ from transformers import (
 from visualrwkv.chat import VLM, load
 from visualrwkv.checkpoint import load_model, save_model
 from visualrwkv.hf import VisualRWKVConfig, VisualRWKVForConditionalGeneration
-from visualrwkv.hf.modeling import TurnEnds
+from visualrwkv.hf.modeling import TurnEnds, VisualRWKVOutput
 from visualrwkv.text.tokenizer import encode
 
 MORE = {"max_new_tokens": 8}
@@ -93,9 +94,14 @@ def test_a_row_without_a_token(model):
 # Generating ----------------------------------------------------------------------------------------------------------
 
 
-def test_generate_answers_as_we_do(model, vlm, processor, asked, questions):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generate_answers_as_we_do(model, vlm, processor, asked, questions, side):
     wanted = [vlm.answer(pictures, text, **MORE) for pictures, text in questions]
-    together = asked(*questions)
+    processor.tokenizer.padding_side = side
+    try:
+        together = asked(*questions)
+    finally:
+        processor.tokenizer.padding_side = "left"
     assert said(processor, together, model.generate(**together, **MORE)) == wanted
     alone = [asked(question) for question in questions]
     assert [said(processor, one, model.generate(**one, **MORE))[0] for one in alone] == wanted
@@ -128,6 +134,34 @@ def test_several_answers_each_see_their_own_pictures(model, asked, questions):
     out = model.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=3, top_k=1)  # top_k 1: greedy
     greedy = model.generate(**inputs, max_new_tokens=4)
     assert torch.equal(out, greedy.repeat_interleave(3, 0))
+
+
+def scripted(model, monkeypatch, rows):
+    """Let the model say these ids whatever it reads."""
+    said = iter(zip(*rows))
+
+    def forward(input_ids, **_):
+        logits = torch.nn.functional.one_hot(torch.tensor(next(said)), 65536).float()[:, None]
+        return VisualRWKVOutput(None, logits, None)
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
+def test_a_row_that_is_over_waits_for_the_others(place, monkeypatch, asked, questions):
+    """A plain directory gives our settings, so that a closed row is filled up."""
+    model = AutoModelForImageTextToText.from_pretrained(place)
+    assert model.generation_config.max_new_tokens == 256
+    newline, a, b = encode("\n")[0], encode("a")[0], encode("b")[0]
+    inputs = asked(questions[1], questions[1])
+    begin = inputs["input_ids"].shape[1]
+    scripted(model, monkeypatch, [[261, a, a, a], [a, newline, newline, b]])
+    assert model.generate(**inputs)[:, begin:].tolist() == [[261, 0, 0], [a, newline, newline]]
+    scripted(model, monkeypatch, [[newline, newline, newline, a, 0], [a, a, a, a, 0]])
+    out = model.generate(**inputs, min_new_tokens=3)[:, begin:].tolist()
+    assert out == [[newline, newline, newline, a, 0], [a, a, a, a, 0]]
+    scripted(model, monkeypatch, [[newline, newline, a, 0], [a, a, a, 0]])
+    out = model.generate(**inputs, eos_token_id=0)[:, begin:].tolist()
+    assert out == [[newline, newline, a, 0], [a, a, a, 0]]
 
 
 def test_beams_are_refused(model, asked, questions):
@@ -169,6 +203,24 @@ def test_there_and_back_is_bit_exact(tiny_model, tmp_path, version):
     assert all(torch.equal(x, wanted[name]) for name, x in again.state_dict().items())
     third = VisualRWKVForConditionalGeneration.from_pretrained(tmp_path / "b")
     assert all(torch.equal(x, wanted[name]) for name, x in third.state_dict().items())
+
+
+def test_settings_that_transformers_adds_do_not_matter(tiny_model, tmp_path):
+    save_model(tiny_model(), tmp_path / "a")
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "a")
+    theirs.config.use_cache, theirs.config.bos_token_id = False, 0
+    theirs.save_pretrained(tmp_path / "b")
+    assert load(tmp_path / "b").model.config == load(tmp_path / "a").model.config
+    assert AutoProcessor.from_pretrained(tmp_path / "b", padding_side="right").tokenizer.padding_side == "right"
+
+
+def test_a_missing_tensor_is_refused(tiny_model, tmp_path):
+    save_model(tiny_model(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["rwkv.ln_out.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing rwkv\.ln_out\.weight"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
 def test_a_clip_encoder_keeps_its_positions(tiny_model, tmp_path, picture):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from visualrwkv.hf import VisualRWKVProcessor
@@ -83,6 +84,30 @@ def test_pixels_are_our_processors(processor, vlm, picture):
     given = processor(images=[[picture(0)], [picture(1), picture(2)]], text=["<image>", "<image><image>"], padding=True)
     wanted = torch.stack([vlm.processor(picture(i)) for i in range(3)])
     assert torch.equal(torch.as_tensor(given["pixel_values"]), wanted)
+
+
+def test_files_are_opened_as_ours(processor, vlm, picture, tmp_path):
+    """Transparency is laid over white, 16-bit grey keeps its range."""
+    import numpy as np
+
+    rgba = picture().convert("RGBA")
+    rgba.putalpha(100)
+    rgba.save(tmp_path / "clear.png")
+    Image.fromarray((np.arange(40 * 32).reshape(32, 40) * 50).astype(np.uint16)).save(tmp_path / "deep.png")
+    for name in ("clear.png", "deep.png"):
+        path = str(tmp_path / name)
+        wanted = vlm.processor(path)[None]
+        assert torch.equal(processor(images=path, text="<image>", return_tensors="pt")["pixel_values"], wanted)
+        chat = [with_pictures("What?", path)]
+        found = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(found["pixel_values"], wanted)
+
+
+def test_what_a_template_does_not_know_is_refused(processor):
+    with pytest.raises(Exception, match="image_position is top; allowed are first, middle, last"):
+        processor.apply_chat_template([{"role": "user", "content": "Hi"}], image_position="top")
+    with pytest.raises(Exception, match="of type video; allowed are text, image"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "url": "x"}]}])
 
 
 def test_pictures_as_arrays_and_files(processor, vlm, picture, tmp_path):

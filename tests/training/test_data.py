@@ -1,5 +1,6 @@
 """From records to batches: nothing lost, nothing twice, and a bad record is named before training begins."""
 
+import dataclasses
 import json
 from itertools import pairwise
 
@@ -48,6 +49,13 @@ def read(folder, records, config, position="middle"):
     file = folder / "data.json"
     file.write_text(records if isinstance(records, str) else json.dumps(records))
     return Conversations(file, folder / "images", config, position)
+
+
+def test_turns_are_written_as_the_model_reads_them(folder, config):
+    world = dataclasses.replace(config, template="world")
+    wanted = encode_conversation(GOOD[0]["conversations"], "world", image_tokens=4)
+    assert read(folder, GOOD, world)._encode(0) == wanted
+    assert read(folder, GOOD, config)._encode(0) != wanted
 
 
 # Packing -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 from visualrwkv.checkpoint import convert
 from visualrwkv.config import ModelConfig
-from visualrwkv.files import CONFIG, read_json, write_whole
+from visualrwkv.files import CONFIG, write_whole
 from visualrwkv.hf.modeling import VisualRWKVConfig, VisualRWKVForConditionalGeneration, answer_settings
 from visualrwkv.hf.processing import VisualRWKVImageProcessor, VisualRWKVProcessor, WorldTokenizer
 
@@ -25,29 +25,37 @@ AUTO = {
 }
 
 
-def export(path: str | Path, out: Path, vision: str | Path | None = None, **overrides: Any) -> ModelConfig:
+def export(path: str | Path, out: str | Path, vision: str | Path | None = None, **overrides: Any) -> ModelConfig:
     """Write any model as a directory that transformers opens with `trust_remote_code=True`, with or without this package.
 
     It is a directory of ours as well. Arguments, what is returned, and errors as `convert`.
     """
+    out = Path(out)
     if out.suffix == ".pth":
         raise ValueError(f"{out} would be a file; a directory for transformers needs a name without .pth")
-    config = convert(path, out, vision, **overrides)
+    return convert(path, out, vision, beside=files, **overrides)
+
+
+def files(config: ModelConfig) -> dict[str, str]:
+    """What transformers reads beside the weights, by the names of the files; of config.json what it adds to ours."""
     where: dict[str, Any] = {name: f"{CODE}.{cls.__name__}" for name, cls in AUTO.items()}
-    values = read_json(out / CONFIG) | {
-        "architectures": [VisualRWKVForConditionalGeneration.__name__],
-        "auto_map": where,
-    }
+    where["AutoTokenizer"] = [where["AutoTokenizer"], None]  # the slow one, and no fast one
     with tempfile.TemporaryDirectory() as place:
         VisualRWKVProcessor.of(config).save_pretrained(place)
         answer_settings(config.end_of_turn).save_pretrained(place)
         texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(place).iterdir())}
-    where["AutoTokenizer"] = [where["AutoTokenizer"], None]  # the slow one, and no fast one
     for name in ("processor_config.json", "tokenizer_config.json"):
         texts[name] = json.dumps(json.loads(texts[name]) | {"auto_map": where}, indent=2) + "\n"
-    texts |= {CONFIG: json.dumps(values, indent=2) + "\n", f"{CODE}.py": code(), f"{SOURCE}.py": source()}
-    write_whole({out / name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in texts.items()})
-    return config
+    texts[CONFIG] = json.dumps({"architectures": [VisualRWKVForConditionalGeneration.__name__], "auto_map": where})
+    return texts | {f"{CODE}.py": code(), f"{SOURCE}.py": source()}
+
+
+def write_code(directory: Path) -> None:
+    """The code that an exported directory's config.json names."""
+    texts = {f"{CODE}.py": code(), f"{SOURCE}.py": source()}
+    write_whole(
+        {directory / name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in texts.items()}
+    )
 
 
 def code() -> str:

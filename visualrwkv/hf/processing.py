@@ -5,6 +5,8 @@ I pictures, M image tokens.
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,16 @@ from transformers import AddedToken, BatchFeature, ProcessorMixin, PythonBackend
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
+from transformers.utils import cached_file
 
 from visualrwkv.config import ImagePosition, ModelConfig, vision_config
 from visualrwkv.files import CONFIG, read_json
 from visualrwkv.model import IMAGE_PLACEHOLDER
 from visualrwkv.text.prompt import IMAGE_TAG, SHORT_ANSWER
 from visualrwkv.text.tokenizer import END, encode, vocabulary
-from visualrwkv.vision.processor import make_processor
+from visualrwkv.vision.processor import make_processor, open_picture
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 END_OF_TEXT = "<|rwkv_tokenizer_end_of_text|>"
 """What the public directories of RWKV call id 0."""
 
@@ -39,6 +43,10 @@ class WorldTokenizer(PythonBackend):
             kwargs[name] = END_OF_TEXT
         self._ids = {token.decode("latin-1"): i for i, token in vocabulary().items()}
         super().__init__(**{"extra_special_tokens": [IMAGE_TAG], "special_tokens_pattern": "none", **kwargs})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: see the image processor."""
 
     @property
     def vocab_size(self) -> int:
@@ -77,6 +85,18 @@ class VisualRWKVImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.vision = vision
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Pictures that a path names as we open them, with their transparency and depth; others as transformers does."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(one) for one in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, Path)) and os.path.exists(image_url_or_urls):
+            return open_picture(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: the code that travels with a model is `export`'s, not this file alone."""
+
     def __call__(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:  # type: ignore[override]
         """Pictures in any form that transformers takes, nested or not -> pixel_values (I, …)."""
         if self.vision is None:
@@ -109,19 +129,33 @@ class VisualRWKVProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> VisualRWKVProcessor:  # type: ignore[override]
-        """From a directory of ours, whose config.json says all, or from one that `save_pretrained` wrote."""
-        place = Path(pretrained_model_name_or_path)
-        if (place / CONFIG).exists() and not (place / "processor_config.json").exists():
-            return cls.of(ModelConfig.from_dict(read_json(place / CONFIG)))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        """From a model's directory, here or on the Hub, or from one that `save_pretrained` wrote."""
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        find: Any = partial(
+            cached_file, pretrained_model_name_or_path, _raise_exceptions_for_missing_entries=False, **hub
+        )
+        config, own = find(CONFIG), find("processor_config.json")
+        if config is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        settings = ModelConfig.from_dict(read_json(Path(config)))  # where both are there, these are the model's own
+        if own is None:
+            words = {k: v for k, v in kwargs.items() if k not in HUB_OPTIONS and not k.startswith(("_", "trust"))}
+            return cls.of(settings, **words)
+        found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        found.image_tokens, found.image_processor.vision = settings.image_tokens, settings.to_dict()["vision"]
+        return found
 
     @classmethod
-    def of(cls, config: ModelConfig) -> VisualRWKVProcessor:
-        """The processor of a model of that config."""
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: see the image processor."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, **settings: Any) -> VisualRWKVProcessor:
+        """The processor of a model of that config; settings: the tokenizer's."""
         vision = config.to_dict()["vision"]
         return cls(
             VisualRWKVImageProcessor(vision),
-            WorldTokenizer(),
+            WorldTokenizer(**settings),
             config.image_tokens,
             chat_template(config.image_position, config.template),
         )

@@ -18,6 +18,7 @@ def unpack() -> None:
         for name, lines in FILES.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        part.chmod(0o755)  # a cache may be shared
         try:
             os.replace(part, place)
         except OSError:  # another process was first

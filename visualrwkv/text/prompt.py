@@ -50,13 +50,13 @@ def encode_conversation(
     image_position: ImagePosition = "middle",
     image_tokens: int = 1,
 ) -> tuple[list[int], list[int]]:
-    """LLaVA turns -> (ids, labels), of equal length; labels are −100 but for the answers and the "\\n\\n" that closes them.
+    """LLaVA turns -> (ids, labels), of equal length; labels are −100 but for the answers and what closes them.
 
     conversations: [{"from": "human" | "gpt", "value": str}, …]; a last gpt turn with an empty value leaves "Assistant:"
     open for the model to go on. protocol "visualrwkv": each sandwich opens with its own turn's question only; "v6.0" and
     "v7.00": exactly the ids and labels of the reference, "v6.0" with one placeholder −200 and all questions in the
-    sandwich; "world": WorldRWKV's turns, its pictures before all. image_tokens: how many ids stand for a picture. ValueError
-    for other roles, protocols or positions.
+    sandwich; "world": WorldRWKV's turns, pictures before all whatever the position. image_tokens: how many ids stand for
+    a picture. ValueError for other roles, protocols or positions.
     """
     choose("protocol", protocol, PROTOCOLS)
     choose("image_position", image_position, IMAGE_POSITIONS)

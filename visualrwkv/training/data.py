@@ -69,7 +69,7 @@ class Conversations(Dataset):
 
     def __init__(self, path: Path, images: Path, model: ModelConfig, image_position: ImagePosition = "middle"):
         self.path, self.images = path, images
-        self.image_tokens, self.image_position = model.image_tokens, image_position
+        self.image_tokens, self.image_position, self.template = model.image_tokens, image_position, model.template
         self.processor = make_processor(model.vision) if model.vision else None
         self.records = read_records(path)
         self.lengths: list[int] = []
@@ -118,7 +118,7 @@ class Conversations(Dataset):
             if not picture.is_file():
                 raise FileNotFoundError(f"{self.name(index)}: there is no picture {picture}")
         try:
-            ids, labels = encode_conversation(turns, image_position=self.image_position, image_tokens=self.image_tokens)
+            ids, labels = encode_conversation(turns, self.template, self.image_position, self.image_tokens)
         except ValueError as error:
             raise ValueError(f"{self.name(index)}: {error}") from error
         if all(label == IGNORE for label in labels):

@@ -24,12 +24,11 @@ import torch
 
 def make(path: Path, lm: str) -> int:
     """Write such a file; returns the number of its parameters."""
-    from visualrwkv.config import MEET_PRESETS, RWKV_PRESETS, ModelConfig, ViTConfig
+    from visualrwkv.config import CLIP_L_336, MEET_PRESETS, RWKV_PRESETS, ModelConfig
     from visualrwkv.model import VisualRWKV
 
-    vision = ViTConfig(24, 1024, 16, 4096, 336, 14)
     with torch.device("meta"):
-        model = VisualRWKV(ModelConfig(RWKV_PRESETS[lm], vision, **MEET_PRESETS["v6.0"].settings(vision)))
+        model = VisualRWKV(ModelConfig(RWKV_PRESETS[lm], CLIP_L_336, **MEET_PRESETS["v6.0"].settings(CLIP_L_336)))
     weights = {k: 0.02 * torch.randn(v.shape, dtype=torch.bfloat16) for k, v in model.state_dict().items()}
     torch.save(weights, path)
     return sum(v.numel() for v in weights.values())

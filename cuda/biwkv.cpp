@@ -220,7 +220,7 @@ void forward_tiles(int64_t T, int64_t C, const Constants& of, const float* k, co
     const auto exponentials = [&](int64_t t0, int64_t steps) {
         for (int64_t s = 0; s < steps; s++) {
             for (int c = 0; c < VECTORS; c++) {
-                const vecf e = simd::exp(lane(k + (t0 + s) * C, c) - lane(of.k_max, c));
+                const vecf e = simd::exp_or_zero(lane(k + (t0 + s) * C, c) - lane(of.k_max, c));  // from -RANGE to 0
                 simd::store(e_k[s] + c * simd::FLOATS, e);
                 simd::store(e_kv[s] + c * simd::FLOATS, e * lane(v + (t0 + s) * C, c));
             }
@@ -276,6 +276,7 @@ void forward_tiles(int64_t T, int64_t C, const Constants& of, const float* k, co
         }
         clear();
         for (int64_t s = 0; s < steps; s++) {
+            for (int c = 0; c < VECTORS; c++) __builtin_prefetch(y + (t0 + s + AHEAD) * C + c * simd::FLOATS, 1);
             for (int c = 0; c < VECTORS; c++) {
                 const vecf power = lane(of.power[s], c), e_u = lane(of.e_u, c);
                 const vecf above = numerator[c] + power * lane(before[0], c) + lane(after[0][s], c) + e_u * lane(e_kv[s], c);

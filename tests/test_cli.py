@@ -87,7 +87,7 @@ def test_compose_with_too_coarse_an_encoder(place, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sing"], "there is no command 'sing'; there are chat, compose, convert, info, kernels"),
+        (["sing"], "there is no command 'sing'; there are chat, check-data, compose, convert, info, kernels"),
         (["chat", "--colour", "red"], "--colour"),
         (["chat"], "--model"),
         (["kernels", "fly"], "kernels takes build or info, got fly"),
@@ -111,7 +111,7 @@ def test_help():
     for arguments in ([], ["--help"]):
         done = command(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "chat,compose,convert,info,kernels" in done.stdout
+        assert "chat,check-data,compose,convert,info,kernels" in done.stdout
     done = command("chat", "--help")
     assert done.returncode == 0
     assert "--max-new-tokens" in done.stdout

@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from visualrwkv.commandline import parse, run
+from visualrwkv.config import ImagePosition
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,19 @@ class Convert(Told):
     file: tyro.conf.Positional[str] = tyro.MISSING
     out: tyro.conf.Positional[Path] = tyro.MISSING
     hf: bool = False  # with what transformers needs to open the directory where this package is not installed
+
+
+@dataclass(frozen=True)
+class CheckData:
+    """Look at every record and picture of a LLaVA file before a run."""
+
+    data: tyro.conf.Positional[Path]
+    images: Path | None = None  # what picture paths are relative to; the file's directory unless given
+    model: str | None = None  # whose image tokens and prompt count; VisualRWKV-6's 577 a picture unless given
+    image_position: ImagePosition | None = None  # the model's unless given
+    tokens: int = 8192  # budget of a packed batch
+    workers: int = 0  # processes; 0: one a core
+    out: Path | None = None  # where check.json and lengths.png go; runs/check-NAME unless given
 
 
 @dataclass(frozen=True)
@@ -146,6 +160,37 @@ def convert(args: list[str]) -> None:
     print(f"wrote {options.out}")
 
 
+def check_data(args: list[str]) -> None:
+    options = parse(CheckData, args)
+    if options.tokens < 1:
+        raise ValueError(f"tokens is {options.tokens}; it must be at least 1")
+
+    from visualrwkv.checkpoint import read_model
+    from visualrwkv.config import CLIP_L_336, MEET_PRESETS, RWKV_PRESETS, ModelConfig
+    from visualrwkv.files import locate
+    from visualrwkv.training.check import check, write_report
+
+    if options.model:
+        config, _ = read_model(locate(options.model))
+    else:
+        config = ModelConfig(RWKV_PRESETS["rwkv6-1b6"], CLIP_L_336, **MEET_PRESETS["v6.0"].settings(CLIP_L_336))
+    images = options.images or options.data.parent
+    position = options.image_position or config.image_position
+    found, report = check(options.data, images, config, position, options.tokens, options.workers)
+    out = options.out or Path("runs") / f"check-{options.data.stem}"
+    write_report(out, found, report)
+    for name, value in report.items():
+        words = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{name:<24}{words}")
+    for _, words in found.problems[:10]:
+        print(words, file=sys.stderr)
+    print(f"wrote {out}/check.json and lengths.png")
+    if found.problems:
+        raise ValueError(
+            f"{len(found.problems)} of {report['records']} records cannot be trained on; {out}/check.json has all"
+        )
+
+
 def kernels(args: list[str]) -> None:
     act, *rest = args or [""]
     if act not in ("build", "info"):
@@ -161,7 +206,14 @@ def kernels(args: list[str]) -> None:
         print(*describe(), sep="\n")
 
 
-COMMANDS = {"chat": chat, "compose": compose, "convert": convert, "info": info, "kernels": kernels}
+COMMANDS = {
+    "chat": chat,
+    "check-data": check_data,
+    "compose": compose,
+    "convert": convert,
+    "info": info,
+    "kernels": kernels,
+}
 
 
 def main() -> None:

@@ -296,6 +296,9 @@ RWKV_PRESETS: dict[str, RWKVConfig] = {
     "rwkv7-2b9": RWKVConfig(32, 2560, version=7, decay_rank=96, rate_rank=96, value_rank=64, gate_rank=320),
 }
 
+CLIP_L_336 = ViTConfig(24, 1024, 16, 4096, image_size=336, patch_size=14)
+"""The encoder of the v060 releases."""
+
 _CLASSIFIER: dict[str, Any] = {"depth": 12, "classes": 1000, "crop": 0.875}
 
 VISION_PRESETS: dict[str, VRWKVConfig] = {

@@ -54,8 +54,8 @@ def read(folder, records, config, position="middle"):
 def test_turns_are_written_as_the_model_reads_them(folder, config):
     world = dataclasses.replace(config, template="world")
     wanted = encode_conversation(GOOD[0]["conversations"], "world", image_tokens=4)
-    assert read(folder, GOOD, world)._encode(0) == wanted
-    assert read(folder, GOOD, config)._encode(0) != wanted
+    assert read(folder, GOOD, world).encode(0) == wanted
+    assert read(folder, GOOD, config).encode(0) != wanted
 
 
 # Packing -------------------------------------------------------------------------------------------------------------

@@ -64,10 +64,18 @@ class Conversations(Dataset):
     """The records of a LLaVA file, checked at once, so that no run stops half-way at a bad one.
 
     A record: {"id", "image": path or list of paths under `images` (absent: text only), "conversations": [...]}, with as
-    many <image> tags as pictures. ValueError or FileNotFoundError names file, record and value.
+    many <image> tags as pictures. ValueError or FileNotFoundError names file, record and value. strict False: a record is
+    checked when it is asked for, and there are no lengths.
     """
 
-    def __init__(self, path: Path, images: Path, model: ModelConfig, image_position: ImagePosition = "middle"):
+    def __init__(
+        self,
+        path: Path,
+        images: Path,
+        model: ModelConfig,
+        image_position: ImagePosition = "middle",
+        strict: bool = True,
+    ):
         self.path, self.images = path, images
         self.image_tokens, self.image_position, self.template = model.image_tokens, image_position, model.template
         self.processor = make_processor(model.vision) if model.vision else None
@@ -76,8 +84,8 @@ class Conversations(Dataset):
         self.words: set[int] = set()  # every id that occurs
         self.answers: set[int] = set()  # every id that some answer holds
         self.read: Container[str] = ()  # pictures that need not be opened again
-        for index in range(len(self.records)):
-            ids, labels = self._encode(index)
+        for index in range(len(self.records) if strict else 0):
+            ids, labels = self.encode(index)
             self.lengths.append(len(ids))
             self.words.update(ids)
             self.answers.update(labels)
@@ -100,7 +108,8 @@ class Conversations(Dataset):
             raise ValueError(f"{self.name(index)} has an image that is no path or list of paths: {image!r:.80}")
         return [self.images / name for name in names]
 
-    def _encode(self, index: int) -> tuple[list[int], list[int]]:
+    def encode(self, index: int) -> tuple[list[int], list[int]]:
+        """Ids and labels of a record; errors as above."""
         record = self.records[index]
         turns = record.get("conversations") if isinstance(record, dict) else None
         if not isinstance(turns, list) or not turns:
@@ -132,7 +141,7 @@ class Conversations(Dataset):
         bounds, pictures = [0], []
         pixels: dict[str, Tensor] = {}
         for index in indices:
-            new_ids, new_labels = self._encode(index)
+            new_ids, new_labels = self.encode(index)
             ids += new_ids
             labels += new_labels
             bounds.append(len(ids))
@@ -140,7 +149,7 @@ class Conversations(Dataset):
                 pictures.append(key := str(picture))
                 try:
                     if key not in pixels and key not in self.read:
-                        pixels[key] = self.processor(picture)  # type: ignore[misc]  # checked in _encode
+                        pixels[key] = self.processor(picture)  # type: ignore[misc]  # checked in encode
                 except ValueError as error:
                     raise ValueError(f"{self.name(index)}: {error}") from error
         images = torch.stack(list(pixels.values())) if pixels else None

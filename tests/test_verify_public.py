@@ -1,5 +1,6 @@
 """The check of a public file, on small files of the same layouts."""
 
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -34,15 +35,26 @@ def verify(*arguments):
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_a_good_file(released):
-    done = verify(released)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def script(released, monkeypatch):
+    """The script as a module, about to be run on the released file."""
+    spec = importlib.util.spec_from_file_location("verify_public", ROOT / "benchmarks/verify_public.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(sys, "argv", ["verify_public.py", str(released)])
+    return script
+
+
+def test_a_good_file(released, script, capsys):
+    stated = hashlib.sha256(released.read_bytes()).hexdigest()
+    sys.argv += ["--sha256", stated]
+    script.main()
+    out = capsys.readouterr().out
+    said = json.loads(out.splitlines()[-1])
+    assert said["sha256"] == stated
     assert said["logits"] < 1e-3
     assert said["greedy"] == 8
-    assert done.stdout.count("Is there a person?\n  ") == 1
-    again = verify(released, "--sha256", said["sha256"])
-    assert again.returncode == 0, again.stderr
+    assert out.count("Is there a person?\n  ") == 1
 
 
 def test_another_file_than_stated(released):
@@ -51,10 +63,7 @@ def test_another_file_than_stated(released):
     assert "is stated: it is another file, or was cut off" in done.stderr
 
 
-def test_another_model_than_the_package_computes(released, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("verify_public", ROOT / "benchmarks/verify_public.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_another_model_than_the_package_computes(script, monkeypatch, capsys):
     peer = script.peer
 
     def other(*arguments):
@@ -63,7 +72,6 @@ def test_another_model_than_the_package_computes(released, monkeypatch, capsys):
         return logits, said
 
     monkeypatch.setattr(script, "peer", other)
-    monkeypatch.setattr(sys, "argv", ["verify_public.py", str(released)])
     with pytest.raises(SystemExit, match="the language model is not the rwkv package's"):
         script.main()
     assert "differ from the rwkv package's by 1.0e-02" in capsys.readouterr().out

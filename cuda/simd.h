@@ -61,12 +61,8 @@ inline float sum(vecf x) {
     return s[0];
 }
 
-// exp(x), relative error about 1e-7 over the whole range; 0 below -104, infinity above 89, NaN stays NaN.
-// x = n ln 2 + f with |f| <= ln 2 / 2; a polynomial (Cephes) gives e^f, and 2^n is multiplied on in two halves, so
-// that results below the normal range round correctly instead of wrapping around.
-inline vecf exp(vecf x) {
-    x = x < -104.0f ? splat(-104.0f) : x;
-    x = x > 89.0f ? splat(89.0f) : x;
+// e^x = p 2^n: x = n ln 2 + f with |f| <= ln 2 / 2, and a polynomial (Cephes) gives p = e^f.
+inline vecf exp_parts(vecf x, veci& power) {
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
     vecf shifted = x * 1.44269504f + shift;
     vecf n = shifted - shift;
@@ -77,8 +73,17 @@ inline vecf exp(vecf x) {
     p = p * f + 4.1665795894e-2f;
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
-    p = p * (f * f) + (f + 1.0f);
-    veci power = (veci)shifted - (veci)splat(shift);
+    power = (veci)shifted - (veci)splat(shift);
+    return p * (f * f) + (f + 1.0f);
+}
+
+// exp(x), relative error about 1e-7 over the whole range; 0 below -104, infinity above 89, NaN stays NaN. 2^n is
+// multiplied on in two halves, so that results below the normal range round correctly instead of wrapping around.
+inline vecf exp(vecf x) {
+    x = x < -104.0f ? splat(-104.0f) : x;
+    x = x > 89.0f ? splat(89.0f) : x;
+    veci power;
+    const vecf p = exp_parts(x, power);
     veci half = power >> 1;
     vecf low = (vecf)((half + 127) << 23);
     vecf high = (vecf)((power - half + 127) << 23);
@@ -89,19 +94,9 @@ inline vecf exp(vecf x) {
 inline vecf exp_or_zero(vecf x) {
     const veci tiny = x < -87.0f;
     x = x > 88.0f ? splat(88.0f) : x;
-    const float shift = 12582912.0f;
-    vecf shifted = x * 1.44269504f + shift;
-    vecf n = shifted - shift;
-    vecf f = x - n * 0.693359375f;
-    f = f - n * -2.12194440e-4f;
-    vecf p = f * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * (f * f) + (f + 1.0f);
-    const vecf scale = (vecf)(((veci)shifted - (veci)splat(shift) + 127) << 23);
-    return tiny ? vecf{} : p * scale;
+    veci power;
+    const vecf p = exp_parts(x, power);
+    return tiny ? vecf{} : p * (vecf)((power + 127) << 23);
 }
 
 // exp(x) for x <= 0 in double: the range of double (to e^-708, 0 below), a relative error of 3e-10.

@@ -27,7 +27,7 @@ def randomise():
 
 @pytest.fixture(scope="session")
 def tiny_model(randomise):
-    """tiny_model(scan=, projector=, image_tokens=, position=, vocab_size=, vision=, version=): a whole model in eval mode."""
+    """tiny_model(scan=, projector=, image_tokens=, position=, vocab_size=, vision=, version=, template=): a whole model in eval mode."""
 
     def make(
         scan="bi",
@@ -38,13 +38,14 @@ def tiny_model(randomise):
         vision=VISION,
         seed=0,
         version=6,
+        template="visualrwkv",
     ) -> VisualRWKV:
         ranks = ("mix_rank", "decay_rank") if version == 6 else ("decay_rank", "rate_rank", "value_rank", "gate_rank")
         sizes = dict.fromkeys(ranks, 4)
         language = RWKVConfig(4, 32, head_size=16, vocab_size=vocab_size, version=version, **sizes)
         torch.manual_seed(seed)
         return randomise(
-            VisualRWKV(ModelConfig(language, vision, projector, image_tokens, scan, position)), seed
+            VisualRWKV(ModelConfig(language, vision, projector, image_tokens, scan, position, template)), seed
         ).eval()
 
     return make

@@ -7,13 +7,11 @@ import torch
 
 from visualrwkv.chat import VLM, load
 from visualrwkv.checkpoint import save_model
-from visualrwkv.config import VRWKVConfig
 from visualrwkv.generate import generate, prefill, stream
 from visualrwkv.text.prompt import encode_conversation
 from visualrwkv.text.tokenizer import decode, encode
 
 SETTINGS = {"max_new_tokens": 8}
-VISION = VRWKVConfig(depth=2, width=16, patch_size=8, image_size=32, pos_grid=4)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +34,9 @@ def pixels_of(vlm, *pictures):
     return torch.stack([vlm.processor(p) for p in pictures]) if pictures else None
 
 
-def test_worldrwkv_has_turns_of_its_own(randomise, picture):
+def test_worldrwkv_has_turns_of_its_own(tiny_model, picture):
     """Pictures before all, turns closed by byte 0x17, blank lines inside an answer."""
-    from visualrwkv.config import ModelConfig, RWKVConfig
-    from visualrwkv.model import VisualRWKV
-
-    config = ModelConfig(RWKVConfig(2, 32, head_size=16), VISION, "mlp", 16, "uni", "first", "world")
-    torch.manual_seed(0)
-    world = VLM(randomise(VisualRWKV(config)))
+    world = VLM(tiny_model(scan="uni", projector="mlp", position="first", template="world"))
     ids = [65535] * 16 + encode("\x16User: What is it?\x17") + encode("Assistant:")
     assert world.prompt(1, "What is it?") == ids
     assert world.prompt(1, "<image>\nA\n\nB ") == [65535] * 16 + encode("\x16User: A\n\nB\x17") + encode("Assistant:")

@@ -8,7 +8,6 @@ classification files).
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -90,8 +89,8 @@ def load_model(
     if config.vision and not is_ours(place):
         name, _ = infer_meeting(config.rwkv, config.vision, weights)
         log.warning(
-            "%s is taken for a %s: %d image tokens, scan %s, image position %s, projector %s",
-            *(place.name, name, config.image_tokens, config.scan, config.image_position, config.projector),
+            "%s is taken for a %s: %d image tokens, scan %s, image position %s, projector %s, template %s",
+            *(place.name, name, *(getattr(config, setting) for setting in SETTINGS)),
         )
     return build(VisualRWKV, config, weights, place).to(device, DTYPES[dtype]).eval()
 
@@ -234,13 +233,13 @@ def convert(
     path: str | Path,
     out: Path,
     vision: str | Path | None = None,
-    beside: Callable[[ModelConfig], dict[str, str]] | None = None,
+    beside: Callable[[ModelConfig], tuple[dict[str, Any], dict[str, str]]] | None = None,
     **overrides: Any,
 ) -> ModelConfig:
     """Write any model as our directory or, where `out` ends in .pth, in the public layout; every number stays as it is.
 
-    In a public file the language model alone has no `rwkv.` before its names. beside: what else the directory holds, as
-    texts by their names; its config.json adds to ours. Returns the config; errors as `load_model`, and nothing is written
+    In a public file the language model alone has no `rwkv.` before its names. beside: what else a directory holds,
+    settings in config.json and texts by the names of their files. Returns the config; errors as `load_model`, and nothing is written
     then.
     """
     place = locate(path)
@@ -252,10 +251,8 @@ def convert(
         table = {k: v.contiguous() for k, v in public.items()}
         write_whole({out: lambda part: torch.save(table, part)})
     else:
-        values = {"model_type": MODEL_TYPE, **config.to_dict()}
-        texts = beside(config) if beside else {}
-        extra = json.loads(texts.pop(CONFIG, "{}"))
-        write_directory(out, values | extra, weights, texts)
+        more, texts = beside(config) if beside else ({}, {})
+        write_directory(out, {"model_type": MODEL_TYPE, **config.to_dict(), **more}, weights, texts)
     return config
 
 

@@ -128,14 +128,17 @@ def write_whole(writers: Mapping[Path, Callable[[Path], object]]) -> None:
             part.unlink(missing_ok=True)
 
 
+def text_writers(directory: Path, texts: Mapping[str, str]) -> dict[Path, Callable[[Path], object]]:
+    """What `write_whole` takes, for texts by the names of their files."""
+    return {directory / name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in texts.items()}
+
+
 def write_directory(
     directory: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], texts: Mapping[str, str] | None = None
 ) -> None:
     """Write our format: a config and the weights, as contiguous tensors of the CPU; and further texts by their names."""
     kept = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    writers: dict[Path, Callable[[Path], object]] = {
-        directory / name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in (texts or {}).items()
-    }
+    writers = text_writers(directory, texts or {})
     writers[directory / WEIGHTS] = lambda part: save_file(kept, part, metadata={"format": "pt"})
     writers[directory / CONFIG] = lambda part: part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_whole(writers)

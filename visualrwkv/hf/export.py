@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from visualrwkv.checkpoint import convert
 from visualrwkv.config import ModelConfig
-from visualrwkv.files import CONFIG, write_whole
+from visualrwkv.files import text_writers, write_whole
 from visualrwkv.hf.modeling import VisualRWKVConfig, VisualRWKVForConditionalGeneration, answer_settings
 from visualrwkv.hf.processing import VisualRWKVImageProcessor, VisualRWKVProcessor, WorldTokenizer
 
@@ -36,8 +35,8 @@ def export(path: str | Path, out: str | Path, vision: str | Path | None = None, 
     return convert(path, out, vision, beside=files, **overrides)
 
 
-def files(config: ModelConfig) -> dict[str, str]:
-    """What transformers reads beside the weights, by the names of the files; of config.json what it adds to ours."""
+def files(config: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """What transformers reads beside the weights: what it adds to our config.json, and texts by the names of the files."""
     where: dict[str, Any] = {name: f"{CODE}.{cls.__name__}" for name, cls in AUTO.items()}
     where["AutoTokenizer"] = [where["AutoTokenizer"], None]  # the slow one, and no fast one
     with tempfile.TemporaryDirectory() as place:
@@ -46,16 +45,18 @@ def files(config: ModelConfig) -> dict[str, str]:
         texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(Path(place).iterdir())}
     for name in ("processor_config.json", "tokenizer_config.json"):
         texts[name] = json.dumps(json.loads(texts[name]) | {"auto_map": where}, indent=2) + "\n"
-    texts[CONFIG] = json.dumps({"architectures": [VisualRWKVForConditionalGeneration.__name__], "auto_map": where})
-    return texts | {f"{CODE}.py": code(), f"{SOURCE}.py": source()}
+    more = {"architectures": [VisualRWKVForConditionalGeneration.__name__], "auto_map": where}
+    return more, texts | code_files()
 
 
 def write_code(directory: Path) -> None:
-    """The code that an exported directory's config.json names."""
-    texts = {f"{CODE}.py": code(), f"{SOURCE}.py": source()}
-    write_whole(
-        {directory / name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in texts.items()}
-    )
+    """Put the code that an exported directory's config.json names there."""
+    write_whole(text_writers(directory, code_files()))
+
+
+def code_files() -> dict[str, str]:
+    """That code, by the names of its files."""
+    return {f"{CODE}.py": code(), f"{SOURCE}.py": source()}
 
 
 def code() -> str:

@@ -5,7 +5,7 @@ B rows, T tokens a row, C channels, V vocabulary, I pictures, M image tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,15 @@ from visualrwkv.rwkv.state import State
 from visualrwkv.text.tokenizer import END, decode_bytes
 
 
-class VisualRWKVConfig(PreTrainedConfig):
+class CodeOfExport:
+    """For our classes under transformers' eyes: the code that travels with a model is `export`'s, not one class's file."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing."""
+
+
+class VisualRWKVConfig(CodeOfExport, PreTrainedConfig):
     """The settings of `ModelConfig`, as our `config.json` holds them."""
 
     model_type = MODEL_TYPE
@@ -43,14 +51,9 @@ class VisualRWKVConfig(PreTrainedConfig):
     template: str = ModelConfig.template
     tie_word_embeddings: bool = False
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: see the model."""
-
     def settings(self) -> ModelConfig:
         """The same as our dataclass; ValueError where a setting is wrong or missing."""
-        names = ("rwkv", "vision", "projector", "image_tokens", "scan", "image_position", "template")
-        return ModelConfig.from_dict({name: getattr(self, name) for name in names})
+        return ModelConfig.from_dict({f.name: getattr(self, f.name) for f in fields(ModelConfig)})
 
     @property
     def image_token_id(self) -> int:
@@ -102,7 +105,7 @@ def answer_settings(end_of_turn: int) -> GenerationConfig:
     )
 
 
-class VisualRWKVForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class VisualRWKVForConditionalGeneration(CodeOfExport, PreTrainedModel, GenerationMixin):
     """The network of `visualrwkv.model`, its parameters by the same names."""
 
     config_class = VisualRWKVConfig
@@ -141,10 +144,6 @@ class VisualRWKVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             from visualrwkv.hf.export import write_code
 
             write_code(Path(save_directory))
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: the code that travels with a model is `export`'s, not this file alone."""
 
     def adjust_generation_fn(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
         """A directory without generation settings gets ours, not transformers' twenty tokens."""

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from visualrwkv.config import ImagePosition, ModelConfig, vision_config
 from visualrwkv.files import CONFIG, read_json
+from visualrwkv.hf.modeling import CodeOfExport
 from visualrwkv.model import IMAGE_PLACEHOLDER
 from visualrwkv.text.prompt import IMAGE_TAG, SHORT_ANSWER
 from visualrwkv.text.tokenizer import END, encode, vocabulary
@@ -30,7 +31,7 @@ END_OF_TEXT = "<|rwkv_tokenizer_end_of_text|>"
 """What the public directories of RWKV call id 0."""
 
 
-class WorldTokenizer(PythonBackend):
+class WorldTokenizer(CodeOfExport, PythonBackend):
     """The RWKV World tokenizer. A token's string holds each of its bytes as the character of that number."""
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -43,10 +44,6 @@ class WorldTokenizer(PythonBackend):
             kwargs[name] = END_OF_TEXT
         self._ids = {token.decode("latin-1"): i for i, token in vocabulary().items()}
         super().__init__(**{"extra_special_tokens": [IMAGE_TAG], "special_tokens_pattern": "none", **kwargs})
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: see the image processor."""
 
     @property
     def vocab_size(self) -> int:
@@ -76,7 +73,7 @@ class WorldTokenizer(PythonBackend):
         return ()
 
 
-class VisualRWKVImageProcessor(BaseImageProcessor):
+class VisualRWKVImageProcessor(CodeOfExport, BaseImageProcessor):
     """What the model's vision encoder reads. vision: the settings of the encoder, as in `config.json`."""
 
     model_input_names = ["pixel_values"]
@@ -92,10 +89,6 @@ class VisualRWKVImageProcessor(BaseImageProcessor):
         if isinstance(image_url_or_urls, (str, Path)) and os.path.exists(image_url_or_urls):
             return open_picture(image_url_or_urls)
         return super().fetch_images(image_url_or_urls)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: the code that travels with a model is `export`'s, not this file alone."""
 
     def __call__(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:  # type: ignore[override]
         """Pictures in any form that transformers takes, nested or not -> pixel_values (I, …)."""
@@ -113,7 +106,7 @@ def chat_template(image_position: ImagePosition, name: str) -> str:
     return template.replace("POSITION", repr(image_position)).replace("SHORT_ANSWER", repr(SHORT_ANSWER))
 
 
-class VisualRWKVProcessor(ProcessorMixin):
+class VisualRWKVProcessor(CodeOfExport, ProcessorMixin):
     """Messages or text with pictures -> the model's inputs; `<image>` in a text becomes M placeholders."""
 
     def __init__(
@@ -144,10 +137,6 @@ class VisualRWKVProcessor(ProcessorMixin):
         found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         found.image_tokens, found.image_processor.vision = settings.image_tokens, settings.to_dict()["vision"]
         return found
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: see the image processor."""
 
     @classmethod
     def of(cls, config: ModelConfig, **settings: Any) -> VisualRWKVProcessor:

@@ -24,7 +24,7 @@ GOOD = [
     {"id": "c", "image": ["red.png", "wide.png"], "conversations": talk("<image>\n<image>\nCompare", "They differ.")},
 ]
 BAD = [
-    ({"id": "d", "image": "none.png", "conversations": talk("<image>", "x")}, "there is no picture"),
+    ({"id": "d", "image": "none.png", "conversations": talk("<image>", "x")}, "there is no such picture"),
     ({"id": "e", "image": "words.png", "conversations": talk("<image>", "x")}, "cannot be read as a picture"),
     ({"id": "f", "image": "red.png", "conversations": talk("What?", "x")}, "has 0 <image> tags for 1 pictures"),
     ({"id": "g", "conversations": []}, "has no conversations"),
@@ -71,7 +71,7 @@ def test_a_good_set(folder):
     assert figures["learned tokens"] == sum(label != IGNORE for _, labels in encoded for label in labels)
     assert figures["tokens of a record"]["longest"] == max(lengths)
     assert figures["filled"] == pytest.approx(sum(lengths) / (100 * figures["batches an epoch"]), abs=1e-4)
-    assert figures["longer than the budget"] == 0
+    assert figures["cut to the budget"] == 0
     with Image.open(folder / "report/lengths.png") as drawn:
         assert drawn.size == (900, 300)
 
@@ -90,11 +90,13 @@ def test_every_problem_is_found_and_the_rest_is_counted(folder):
 
 
 def test_empty_turns_and_long_records_are_counted(folder):
+    many = [turn for i in range(20) for turn in talk(f"What is {i}?", "A number")]
     records = [*GOOD, {"id": "h", "conversations": [*talk("Hello", "Hi"), {"from": "human", "value": " "}]}]
-    done = look(folder, records, "--tokens", "20")
+    done = look(folder, [*records, {"id": "i", "conversations": many}], "--tokens", "60")
     assert done.returncode == 0, done.stderr
     figures = json.loads((folder / "report/check.json").read_text())["figures"]
-    assert (figures["empty turns"], figures["longer than the budget"]) == (1, 2)
+    assert (figures["empty turns"], figures["cut to the budget"]) == (1, 1)
+    assert figures["tokens of a record"]["longest"] <= 60
 
 
 def test_without_a_model_the_released_one_counts(folder):

@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-from itertools import pairwise
 
 import pytest
 import torch
 from PIL import Image
 
 from visualrwkv.text.prompt import encode_conversation
-from visualrwkv.training.data import Conversations, Plan, load_batches, plan_epoch
-
-LENGTHS = [7, 30, 12, 5, 5, 19, 3, 28, 44, 9, 16, 21, 2, 11, 60, 8, 13]
-BUDGET = 40
+from visualrwkv.training.data import Conversations, load_batches
+from visualrwkv.training.packing import Plan
 
 
 def talk(question, answer):
@@ -45,17 +42,19 @@ def config(tiny_model):
     return tiny_model(image_tokens=4, vocab_size=300).config
 
 
-def read(folder, records, config, position="middle"):
+def read(folder, records, config, position="middle", **more):
     file = folder / "data.json"
     file.write_text(records if isinstance(records, str) else json.dumps(records))
-    return Conversations(file, folder / "images", config, position)
+    data = Conversations(file, folder / "images", config, position, **more)
+    data.prepare()
+    return data
 
 
 def test_turns_are_written_as_the_model_reads_them(folder, config):
     world = dataclasses.replace(config, template="world")
     wanted = encode_conversation(GOOD[0]["conversations"], "world", image_tokens=4)
-    assert read(folder, GOOD, world).encode(0) == wanted
-    assert read(folder, GOOD, config).encode(0) != wanted
+    assert read(folder, GOOD, world).encode(0)[:2] == wanted
+    assert read(folder, GOOD, config).encode(0)[:2] != wanted
 
 
 # Packing -------------------------------------------------------------------------------------------------------------
@@ -100,61 +99,6 @@ def test_batches_come_in_the_plans_order(folder, config, workers):
     batches = list(load_batches(data, shares, workers))
     assert [b.ids.tolist() for b in batches] == [data.pack(key).ids.tolist() for key in keys]
     assert len(keys) == 6
-
-
-# The plan ------------------------------------------------------------------------------------------------------------
-
-
-def test_an_epoch_holds_every_record_once_within_the_budget():
-    for epoch in range(5):
-        batches = plan_epoch(LENGTHS, BUDGET, 3, epoch)
-        assert sorted(i for batch in batches for i in batch) == list(range(len(LENGTHS)))
-        for batch in batches:
-            assert sum(LENGTHS[i] for i in batch) <= BUDGET or len(batch) == 1
-        for one, two in pairwise(batches):
-            assert sum(LENGTHS[i] for i in (*one, two[0])) > BUDGET, "a batch is filled up"
-
-
-def test_the_order_is_given_by_seed_and_epoch():
-    assert plan_epoch(LENGTHS, BUDGET, 3, 1) == plan_epoch(LENGTHS, BUDGET, 3, 1)
-    orders = {tuple(plan_epoch(LENGTHS, BUDGET, seed, epoch)) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
-
-
-@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 3), (2, 1), (2, 2), (4, 1)])
-def test_a_run_goes_on_at_any_step(world, accumulate):
-    plan = Plan(LENGTHS, BUDGET, 3, world, accumulate)
-    for rank in range(world):
-        whole = list(plan.shares(rank, 0, 30))  # several epochs
-        assert len(whole) == 30
-        for start in range(30):
-            assert list(plan.shares(rank, start, 30)) == whole[start:]
-
-
-@pytest.mark.parametrize(("world", "accumulate"), [(1, 3), (2, 1), (2, 2), (4, 1)])
-def test_ranks_share_the_plan_of_one(world, accumulate):
-    size = world * accumulate
-    single = [share.batches[0] for share in Plan(LENGTHS, BUDGET, 3).shares(0, 0, 12 * size)]
-    ranks = [list(Plan(LENGTHS, BUDGET, 3, world, accumulate).shares(rank, 0, 12)) for rank in range(world)]
-    for step in range(12):
-        group = single[step * size : (step + 1) * size]
-        assert all(len(shares[step].batches) == accumulate for shares in ranks)
-        assert sorted(b for shares in ranks for b in shares[step].batches) == sorted(group)
-        assert {shares[step].samples for shares in ranks} == {sum(map(len, group))}
-
-
-def test_epochs_follow_without_a_gap():
-    seen = [i for share in Plan(LENGTHS, BUDGET, 3).shares(0, 0, 40) for b in share.batches for i in b]
-    for epoch in range(3):
-        part = seen[epoch * len(LENGTHS) : (epoch + 1) * len(LENGTHS)]
-        assert sorted(part) == list(range(len(LENGTHS)))
-
-
-def test_steps_of_some_epochs():
-    batches = len(plan_epoch(LENGTHS, BUDGET, 3, 0))
-    assert Plan(LENGTHS, BUDGET, 3).steps(1) == batches
-    assert Plan(LENGTHS, BUDGET, 3, world=2, accumulate=2).steps(2) == -(-batches * 2 // 4)
-    assert Plan([5], BUDGET, 3, world=8).steps(0.1) == 1
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
@@ -234,3 +178,101 @@ def test_a_file_that_holds_no_records(folder, config, text, words):
 def test_a_missing_file(folder, config):
     with pytest.raises(FileNotFoundError, match=r"nothing\.json: there is no such data file"):
         Conversations(folder / "nothing.json", folder, config)
+
+
+# Cutting, mixing, leaving out ----------------------------------------------------------------------------------------
+
+LONG = {
+    "id": "l",
+    "image": ["red.png", "blue.png"],
+    "conversations": [
+        *talk("<image>\nWhat is this?", "Red"),
+        *talk("And then?", "More of it, and more."),
+        *talk("<image>\nAnd this?", "Blue"),
+    ],
+}
+
+
+def test_a_long_record_is_cut_after_an_answer(folder, config):
+    whole = read(folder, [LONG], config)
+    ids, labels, pictures, cut = whole.encode(0)
+    assert (len(pictures), cut) == (2, False)
+    ends = [len(encode_conversation(LONG["conversations"][: 2 * n], image_tokens=4)[0]) for n in (1, 2, 3)]
+    assert ends[-1] == len(ids)
+    for longest in range(ends[0], ends[2] + 2):
+        data = read(folder, [LONG], config, longest=longest)
+        end = max(e for e in ends if e <= longest)
+        assert data.lengths == [end]
+        assert data.encode(0) == (ids[:end], labels[:end], pictures[: 1 if end < ends[2] else 2], end < ends[2])
+        assert data.index.cut.tolist() == [end < ends[2]]
+        assert len(data.pack([0]).pictures) == (1 if end < ends[2] else 2)
+    with pytest.raises(ValueError, match=rf"needs {ends[0]} tokens .* more than the budget of {ends[0] - 1}"):
+        read(folder, [LONG], config, longest=ends[0] - 1)
+
+
+def test_mixed_positions_are_first_and_middle_by_halves(folder, config):
+    records = [{**GOOD[0], "id": i} for i in range(200)]
+    data = read(folder, records, config, "mixed")
+    forms = [
+        encode_conversation(GOOD[0]["conversations"], image_position=p, image_tokens=4) for p in ("first", "middle")
+    ]
+    found = [forms.index(data.encode(i)[:2]) for i in range(200)]
+    assert 70 < sum(found) < 130
+    assert found == [forms.index(data.encode(i)[:2]) for i in range(200)]
+    assert found != [forms.index(read(folder, records, config, "mixed", seed=1).encode(i)[:2]) for i in range(200)]
+
+
+def test_bad_records_are_left_out_where_one_asks_for_it(folder, config):
+    bad = [record for record, _ in BAD.values()]
+    broken = {"id": "w", "image": "words.png", "conversations": talk("<image>\nq", "a")}
+    data = read(folder, [bad[0], *GOOD, *bad[1:], broken], config, bad="skip")
+    assert [place for place, _ in data.index.problems] == [0, *range(5, 4 + len(bad))]
+    assert [bool(n) for n in data.lengths] == [False, *[True] * 4, *[False] * (len(bad) - 1), True]
+    last = len(data) - 1
+    batch = data.pack([1, last, 2])
+    assert batch.records == (1, 2)
+    assert batch.samples == 2
+    assert len(batch.skipped) == 1
+    assert "words.png cannot be read as a picture" in batch.skipped[0]
+    plain = data.pack([1, 2])
+    assert torch.equal(batch.ids, plain.ids)
+    assert torch.equal(batch.images, plain.images)
+    with pytest.raises(ValueError, match=r"none of the records of a batch can be read; the first: .*words"):
+        data.pack([last])
+
+
+def test_a_set_with_nothing_to_learn_is_refused(folder, config):
+    silent = [{"id": i, "conversations": talk("q", " ")} for i in range(3)]
+    with pytest.raises(ValueError, match=r"record 0 \(id 0\) has no answer to learn from; 2 more records fail"):
+        read(folder, silent, config)
+    with pytest.raises(ValueError, match=r"has no record with an answer to learn from; the first of them"):
+        read(folder, silent, config, bad="skip")
+
+
+# The index -----------------------------------------------------------------------------------------------------------
+
+
+def test_many_processes_find_what_one_finds(folder, config):
+    records = [{**GOOD[i % 4], "id": i} for i in range(700)]
+    records[300] = {"id": 300}
+    data = read(folder, records, config, bad="skip")
+    one, many = data.prepare(workers=1), data.prepare(workers=2)
+    assert one.problems == many.problems == [(300, data.name(300) + " has no conversations")]
+    for name in ("lengths", "cut", "words", "answers"):
+        assert (getattr(one, name) == getattr(many, name)).all(), name
+    used = {i for k in range(4) for i in data.encode(k)[0]}
+    assert set(one.words.nonzero()[0].tolist()) == used
+
+
+def test_an_index_is_kept_for_the_same_records_alone(folder, config, monkeypatch):
+    data = read(folder, GOOD, config)
+    data.keep_index(folder / "index.npz")
+    assert data.kept(folder / "index.npz")
+    monkeypatch.setattr(Conversations, "measure", lambda *_: pytest.fail("looked again"))
+    again = Conversations(folder / "data.json", folder / "images", config)
+    assert again.prepare(folder / "index.npz").mark() == data.index.mark()
+    assert again.lengths == data.lengths
+    for change in ({"longest": 90}, {"image_position": "first"}, {"bad": "skip"}):
+        assert not Conversations(folder / "data.json", folder / "images", config, **change).kept(folder / "index.npz")
+    (folder / "data.json").write_text(json.dumps(GOOD[:3]))
+    assert not Conversations(folder / "data.json", folder / "images", config).kept(folder / "index.npz")

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from visualrwkv.checkpoint import load_model, save_model
-from visualrwkv.training.data import Conversations, plan_epoch
+from visualrwkv.training.data import Conversations
+from visualrwkv.training.packing import plan_epoch
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = pytest.mark.xdist_group("training")  # they compare with one run
@@ -117,10 +119,7 @@ def test_two_ranks_do_what_one_does_with_accumulation(whole, whole_adamw, place,
 def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(whole, place):
     told = command(place, "halted", "--accumulate", "2", "--save-every", "2")
     running = subprocess.Popen(told, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    metrics, latest = place / "halted/metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert time.monotonic() < latest
-        time.sleep(0.002)
+    wait_for_steps(place / "halted", 2)
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)[1]
     if running.returncode == 0:
@@ -133,8 +132,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(whole, place):
     assert (kept / "latest").exists()
     done = train(place, "halted", "--accumulate", "2", "--save-every", "2")
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert rows == list(range(6))
+    assert len(losses(place / "halted")) == 6
     for name, tensor in weights(place / "halted").items():
         torch.testing.assert_close(tensor, weights(whole)[name], rtol=1e-5, atol=1e-6, msg=name)
 
@@ -143,6 +141,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(whole, place):
 def test_a_picture_that_breaks_on_the_way_loses_nothing(place, workers):
     records = json.loads((place / "data.json").read_text())
     data = Conversations(place / "data.json", place, load_model(place / "model").config)
+    data.prepare()
     last = plan_epoch(data.lengths, 80, 0, 0)[-1][0]
     records[last] |= {"image": "broken.png"}
     records[last]["conversations"][0]["value"] = "<image>\nWhat is it?"
@@ -164,6 +163,95 @@ def test_a_picture_that_breaks_on_the_way_loses_nothing(place, workers):
     assert steps == list(range(kept + 1)), "it went on with the last step"
 
 
+def test_a_scheduler_that_asks_for_the_machine_gets_it(whole, place):
+    """SIGTERM: a checkpoint, exit status 0, and the same command goes on."""
+    told = command(place, "asked", "--accumulate", "2", "--steps", "400")
+    running = subprocess.Popen(told, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for_steps(place / "asked", 2)
+    running.send_signal(signal.SIGTERM)
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 0, said
+    assert "goes on" in said
+    assert (place / "asked/checkpoints/latest").exists()
+    assert not (place / "asked/model.safetensors").exists()
+
+
+def wait_for_steps(out: Path, count: int) -> None:
+    metrics, latest = out / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        assert time.monotonic() < latest
+        time.sleep(0.002)
+
+
+def losses(out: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(len(rows))), "no step twice, none left out"
+    return [row["loss"] for row in rows]
+
+
+MOMENTS = {"in a step": 0, "while it writes a checkpoint": 1, "while it drops one": 2}
+
+
+def state_of(out: Path) -> dict[str, Any]:
+    """What a run has written so far."""
+    metrics, latest = out / "metrics.jsonl", out / "checkpoints/latest"
+    return {
+        "steps": metrics.read_text().count("\n") if metrics.exists() else 0,
+        "files": {Path(at, f) for at, _, files in os.walk(out / "checkpoints") for f in files if f != "latest"},
+        "latest": latest.read_text() if latest.exists() else "",
+    }
+
+
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(place):
+    """kill -9 in the middle of a step and of writing a checkpoint; benchmarks/kill_and_resume.py does so at random."""
+    options = ("--steps", "12", "--save-every", "2", "--look-ahead", "8")
+    done = train(place, "steady", *options)
+    assert done.returncode == 0, done.stderr
+    told, out = command(place, "killed", *options), place / "killed"
+    for moment in MOMENTS:
+        running = subprocess.Popen(told, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+        before, latest = state_of(out), time.monotonic() + 120
+        while running.poll() is None and time.monotonic() < latest:
+            now = state_of(out)
+            if (now["steps"] > 3, now["files"] - before["files"], now["latest"] != before["latest"])[MOMENTS[moment]]:
+                break
+            time.sleep(0.001)
+        running.kill()
+        running.wait()
+    done = run(told)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == losses(place / "steady")
+    for name, tensor in weights(out).items():
+        assert torch.equal(tensor, weights(place / "steady")[name]), name
+
+
+def test_a_loss_that_is_no_number_stops_the_run(place):
+    done = train(place, "burst", "--lr", "1e18", "--optimizer", "adamw")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: step ")
+    assert "norms of the gradients: " in last
+    assert "records " in last
+    assert "Traceback" not in done.stderr
+    assert not (place / "burst/model.safetensors").exists()
+
+
+def test_a_record_that_fails_is_left_out_and_counted(place):
+    records = json.loads((place / "data.json").read_text())
+    records.append({"id": "torn", "image": "torn.png", "conversations": records[0]["conversations"]})
+    records.append({"id": "none", "image": "none.png", "conversations": records[0]["conversations"]})
+    (place / "torn.png").write_bytes((place / "0.png").read_bytes()[:100])
+    (place / "torn.json").write_text(json.dumps(records))
+    done = train(place, "torn", "--bad", "skip", "--steps", "0", "--tokens", "200", data="torn.json")
+    assert done.returncode == 0, done.stderr
+    assert "1 records are left out, the first: " in done.stderr
+    assert "none.png" in done.stderr
+    assert "left out: " in done.stderr
+    assert "torn.png cannot be read as a picture" in done.stderr
+    rows = [json.loads(line) for line in (place / "torn/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["left_out"] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -171,6 +259,8 @@ def test_a_picture_that_breaks_on_the_way_loses_nothing(place, workers):
         (["--lrr", "1"], "--lrr"),
         (["--lr", "fast"], "fast"),
         (["--zero", "7"], "7"),
+        (["--samples"], "--watch"),
+        (["--tokens", "10"], "more than the budget of 10"),
         (["--zero", "3", "--optimizer", "adamw", "--watch", "data.json"], "--watch"),
     ],
 )

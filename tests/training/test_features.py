@@ -6,7 +6,8 @@ import torch
 from visualrwkv.text.prompt import encode_conversation
 from visualrwkv.training.data import Batch
 from visualrwkv.training.features import Features
-from visualrwkv.training.loop import Objective
+from visualrwkv.training.objective import Objective
+from visualrwkv.training.recipes import Recipe
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def batch(pixels, pictures, known=()):
 
 def test_a_picture_is_read_once_and_the_loss_stays(model, pixels, read):
     features = Features(1e6)
-    objective = Objective(model, False, features=features)
-    plain = Objective(model, False)
+    objective = Objective(model, Recipe(), features=features)
+    plain = Objective(model, Recipe())
     first = objective(batch(pixels, ("0", "1", "1")))
     assert read == [2]
     assert "1" in features
@@ -56,7 +57,7 @@ def test_a_picture_is_read_once_and_the_loss_stays(model, pixels, read):
 def test_no_more_is_kept_than_there_is_room_for(model, pixels, read):
     one = 4 * model.config.vision.width * 4
     features = Features(2 * one + 1)
-    objective = Objective(model, False, features=features)
+    objective = Objective(model, Recipe(), features=features)
     for _ in range(2):
         objective(batch(pixels, ("0", "1", "2"), known=features))
     assert sorted(features.kept) == ["0", "1"]
@@ -67,7 +68,7 @@ def test_no_more_is_kept_than_there_is_room_for(model, pixels, read):
 def test_an_encoder_that_learns_is_not_remembered(model, pixels, read):
     model.vit.requires_grad_(True)
     features = Features(1e6)
-    Objective(model, False, features=features)(batch(pixels, ("0", "1"))).backward()
+    Objective(model, Recipe(), features=features)(batch(pixels, ("0", "1"))).backward()
     assert features.kept == {}
     assert model.vit.pos_embed.grad.abs().sum() > 0
 

@@ -13,12 +13,16 @@ import torch.distributed as dist
 from PIL import Image
 
 from visualrwkv.checkpoint import load_model
-from visualrwkv.training.data import Conversations, Plan
-from visualrwkv.training.loop import Log, Objective, Run, train
+from visualrwkv.training.checkpoints import Run
+from visualrwkv.training.data import Conversations
+from visualrwkv.training.log import Log
+from visualrwkv.training.loop import train
+from visualrwkv.training.objective import Objective
 from visualrwkv.training.optim import learning_rate
+from visualrwkv.training.packing import Plan
 from visualrwkv.training.recipes import Recipe
 
-RECIPE = Recipe(steps=6, tokens=30, accumulate=2, lr=1e-2, lr_final=1e-3, warmup=2, weight_decay=0.1)
+RECIPE = Recipe(steps=6, tokens=30, look_ahead=1, accumulate=2, lr=1e-2, lr_final=1e-3, warmup=2, weight_decay=0.1)
 
 
 class Engine:
@@ -48,11 +52,14 @@ class Engine:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def save_checkpoint(self, folder, tag, client_state, exclude_frozen_parameters):
+    def get_global_grad_norm(self):
+        return None
+
+    def save_checkpoint(self, folder, tag, client_state, save_latest, exclude_frozen_parameters):
+        assert not save_latest, "it would not be written whole"
         (Path(folder) / tag).mkdir(parents=True)
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "client": client_state}
         torch.save(parts, Path(folder) / tag / "all.pt")
-        (Path(folder) / "latest").write_text(tag)
 
     def load_checkpoint(self, folder, load_module_strict):
         parts = torch.load(Path(folder) / (Path(folder) / "latest").read_text() / "all.pt", weights_only=False)
@@ -66,7 +73,7 @@ def engines(monkeypatch):
     """The engines that were made, in order, in a world of one."""
     made = []
 
-    def initialize(model, optimizer, config, dist_init_required):
+    def initialize(model, optimizer, model_parameters, config, dist_init_required):
         made.append(Engine(model, optimizer, config))
         return made[-1], optimizer, None, None
 
@@ -106,9 +113,10 @@ def test_rates_gradients_and_what_is_frozen(tiny_model, engines, data):
     assert engine.rates == [[learning_rate(RECIPE, step, 6)] * 2 for step in range(6)], "every group, every step"
 
     records = Conversations(data, data.parent, model.config)
+    records.prepare()
     share = next(Plan(records.lengths, 30, 0, accumulate=2).shares(0, 0, 1))
     whole = records.pack([i for batch in share.batches for i in batch])
-    loss = Objective(untouched, False)(whole) / share.samples
+    loss = Objective(untouched, RECIPE)(whole) / share.samples
     loss.backward()
     rows = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(6))
@@ -178,3 +186,18 @@ def test_a_run_keeps_its_directory(tiny_model, engines, data, capsys):
     (data.parent / "photos" / "a.jpg").touch()
     with pytest.raises(ValueError, match="exists and is no training run"):
         train(tiny_model(image_tokens=4), run_of(data, "photos"), recipe)
+
+
+def test_changed_records_are_noticed(tiny_model, engines, data):
+    run, recipe = run_of(data, "out"), Recipe(steps=1, tokens=60)
+    assert train(tiny_model(image_tokens=4), run, recipe)
+    data.write_text(json.dumps(json.loads(data.read_text())[1:]))
+    with pytest.raises(ValueError, match=r"data\.json has changed since the run in .*out began; set OUT"):
+        train(tiny_model(image_tokens=4), run, recipe)
+
+
+def test_bad_records_leave_nothing_behind(tiny_model, engines, data):
+    data.write_text(json.dumps([*json.loads(data.read_text()), {"id": "x"}]))
+    with pytest.raises(ValueError, match=r"record 9 \(id x\) has no conversations"):
+        train(tiny_model(image_tokens=4), run_of(data, "out"), RECIPE)
+    assert not (data.parent / "out").exists()

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from visualrwkv.text.prompt import IGNORE, encode_conversation
 from visualrwkv.training import loss as room
 from visualrwkv.training.data import Batch
-from visualrwkv.training.loop import Objective
 from visualrwkv.training.loss import distinct_rows, packed_loss, sample_weights, shift_labels
+from visualrwkv.training.objective import Objective
+from visualrwkv.training.recipes import Recipe
 
 TALKS = [
     (1, ["What is this?", "A cat.", "Why?", "It meows, and it has four paws."]),
@@ -47,7 +48,7 @@ def model(tiny_model):
 def loss_and_gradients(model, batch, bf16=False):
     """The summed loss, and the gradient of every parameter of encoder, projector and language model."""
     model.requires_grad_(True).zero_grad()
-    loss = Objective(model, bf16)(batch)
+    loss = Objective(model, Recipe(bf16=bf16))(batch)
     loss.backward()
     grads = {k: torch.zeros_like(p) if p.grad is None else p.grad.clone() for k, p in model.named_parameters()}
     return loss.item(), grads
@@ -133,7 +134,7 @@ def test_a_frozen_head_gets_no_gradient_and_changes_none(model):
     _, wanted = loss_and_gradients(model, batch)
     model.zero_grad()
     model.rwkv.head.requires_grad_(False)
-    Objective(model, False)(batch).backward()
+    Objective(model, Recipe())(batch).backward()
     assert model.rwkv.head.weight.grad is None
     torch.testing.assert_close(model.proj.gate.weight.grad, wanted["proj.gate.weight"])
 
@@ -178,7 +179,7 @@ def test_a_few_trained_rows_stand_for_the_whole_head(model):
     answers = set(batch.labels.tolist()) - {IGNORE}
     whole = copy.deepcopy(model)
     for net, rows in ((model, distinct_rows(head, answers)), (whole, None)):
-        objective = Objective(net, False, rows)
+        objective = Objective(net, Recipe(), rows)
         optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
         objective(batch).backward()
         optimizer.step()
@@ -194,7 +195,7 @@ def test_the_words_that_occur_stand_for_the_whole_embedding(model):
     nets = copy.deepcopy(model), copy.deepcopy(model)
     for net, given in zip(nets, (words, None), strict=True):
         net.zero_grad()
-        objective = Objective(net, False, None, given)
+        objective = Objective(net, Recipe(), None, given)
         optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
         objective(batch).backward()
         optimizer.step()
@@ -224,3 +225,34 @@ def test_nothing_to_learn_is_no_loss():
     assert loss.item() == 0
     assert not hidden.grad.any()
     assert not head.grad.any()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_l2wrap_is_the_references(alone):
+    """RWKV-LM's L2Wrap on full logits of equally long samples, in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    B, T, C, V = (1, 150, 8, 30) if alone else (3, 70, 8, 30)
+    hidden = torch.randn(B, T, C, generator=generator, dtype=torch.float64)
+    head = torch.randn(V, C, generator=generator, dtype=torch.float64)
+    labels = torch.randint(V, (B, T), generator=generator)
+    labels[:, : T // 2] = IGNORE
+
+    h, W = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    logits = h @ W.T
+    means = [F.cross_entropy(logits[b, :-1], labels[b, 1:], ignore_index=IGNORE) for b in range(B)]
+    largest, entry = logits.detach().max(-1, keepdim=True)
+    extra = torch.zeros_like(logits).scatter_(-1, entry, largest * 1e-4 / (B * T))
+    torch.autograd.backward([torch.stack(means).mean(), logits], [torch.ones((), dtype=torch.float64), extra])
+
+    flat, rows = hidden.flatten(0, 1).clone().requires_grad_(), head.clone().requires_grad_()
+    bounds = torch.arange(0, B * T + 1, T)
+    loss = packed_loss(flat, rows, labels.flatten(), bounds, l2wrap=True) / B
+    loss.backward()
+    assert loss.item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-6)
+    plain = torch.autograd.grad(packed_loss(flat, rows, labels.flatten(), bounds) / B, (flat, rows))
+    for found, wanted, without in (
+        (flat.grad.view(B, T, C), h.grad, plain[0].view(B, T, C)),
+        (rows.grad, W.grad, plain[1]),
+    ):
+        assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+        assert (found - without).norm() > 1e-5 * wanted.norm(), "it changes something"

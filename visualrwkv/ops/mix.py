@@ -156,8 +156,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout):
-    dx, dlast, dmix, ddelta = torch.ops.visualrwkv.token_mix_backward(*ctx.saved_tensors, dout)
-    return dx, dlast, dmix, None if ctx.saved_tensors[3] is None else ddelta, None
+    inputs = ctx.saved_tensors  # read once: activation checkpointing gives them a single time
+    dx, dlast, dmix, ddelta = torch.ops.visualrwkv.token_mix_backward(*inputs, dout)
+    return dx, dlast, dmix, None if inputs[3] is None else ddelta, None
 
 
 torch.library.register_autograd("visualrwkv::token_mix_forward", _backward, setup_context=_setup_context)

@@ -233,9 +233,10 @@ def _(r, k, v, w, u, state, cu_seqlens, states, dy, dS):
 
 
 def _backward(ctx, dy, dS, _):
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives them a single time
     if dy is None:
-        dy = torch.zeros_like(ctx.saved_tensors[2])
-    return *torch.ops.visualrwkv.wkv6_backward(*ctx.saved_tensors, dy, dS), None, None
+        dy = torch.zeros_like(saved[2])
+    return *torch.ops.visualrwkv.wkv6_backward(*saved, dy, dS), None, None
 
 
 torch.library.register_autograd("visualrwkv::wkv6_forward", _backward, setup_context=save_for_backward)

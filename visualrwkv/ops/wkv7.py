@@ -269,9 +269,10 @@ def _(r, w, k, v, a, b, state, cu_seqlens, states, dy, dS):
 
 
 def _backward(ctx, dy, dS, _):
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives them a single time
     if dy is None:
-        dy = torch.zeros_like(ctx.saved_tensors[3])
-    return *torch.ops.visualrwkv.wkv7_backward(*ctx.saved_tensors, dy, dS), None, None
+        dy = torch.zeros_like(saved[3])
+    return *torch.ops.visualrwkv.wkv7_backward(*saved, dy, dS), None, None
 
 
 torch.library.register_autograd("visualrwkv::wkv7_forward", _backward, setup_context=save_for_backward)

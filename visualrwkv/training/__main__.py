@@ -9,7 +9,7 @@ from pathlib import Path
 from visualrwkv.commandline import parse, run
 from visualrwkv.config import RWKV_PRESETS, ModelConfig, preset
 from visualrwkv.training.memory import share_one_heap
-from visualrwkv.training.recipes import RECIPES, Recipe, Stage
+from visualrwkv.training.recipes import RECIPES, Recipe, Stage, meeting
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,17 @@ class Options:
     """Train one stage of a model on LLaVA-format data. Further options override the preset's recipe."""
 
     stage: Stage
-    data: Path  # LLaVA JSON
+    data: Path  # LLaVA JSON or JSONL, a mixture of such, or a Hugging Face data set on disk
     out: Path  # the run's directory
     model: str | None = None  # where to start; in stage language also a preset's name, for fresh weights
     lm: str | None = None  # or: a language model …
     vision: str | None = None  # … and a vision encoder, to compose a new model
     images: Path | None = None  # what the records' pictures are relative to; default: the data file's directory
     watch: Path | None = None  # LLaVA JSON whose opening questions are asked now and then, with and without pictures
+    watch_every: int = 100  # optimiser steps between two looks
+    samples: bool = False  # leave what was answered at each look under OUT/answers, as JSONL and as a picture
+    best: bool = False  # keep the model that saw best in OUT/best
+    deepspeed: Path | None = None  # DeepSpeed's JSON, to override what is made from the recipe
     preset: str = "nano"
 
 
@@ -40,7 +44,11 @@ def main() -> None:
         raise ValueError(
             "--watch asks one rank's model, and with --zero 3 no rank has a whole one: leave one of them out"
         )
-    if not options.data.is_file():
+    if options.watch is None and (options.samples or options.best):
+        raise ValueError("--samples and --best need --watch, the questions to ask")
+    if options.watch_every < 1:
+        raise ValueError(f"watch_every is {options.watch_every}; it must be at least 1")
+    if not options.data.exists():
         raise FileNotFoundError(f"{options.data}: there is no such data file")
 
     share_one_heap()  # before torch starts its threads
@@ -48,7 +56,9 @@ def main() -> None:
 
     from visualrwkv.checkpoint import compose, load_model, model_hash
     from visualrwkv.model import VisualRWKV
-    from visualrwkv.training.loop import Run, join_world, train
+    from visualrwkv.training.checkpoints import Run
+    from visualrwkv.training.engine import join_world, leave_world
+    from visualrwkv.training.loop import train
     from visualrwkv.training.watch import Watch
 
     torch.manual_seed(recipe.seed)
@@ -57,14 +67,18 @@ def main() -> None:
     elif options.model:
         model = load_model(options.model)
     else:
-        model = compose(options.lm, options.vision, options.preset)
+        model = compose(options.lm, options.vision, meeting(options.preset))
     starts = [p for p in (options.model, options.lm, options.vision) if p]
     source = " + ".join(f"{p} {model_hash(p)}" if Path(p).exists() else p for p in starts)
-    images = options.images or options.data.parent
-    watch = Watch(model, options.watch, options.watch.parent) if options.watch else None
+    images = options.images or (options.data if options.data.is_dir() else options.data.parent)
+    watch = None
+    if options.watch:
+        kept = options.out / "answers" if options.samples else None, options.out / "best" if options.best else None
+        watch = Watch(model, options.watch, options.watch.parent, options.watch_every, 128, *kept)
     join_world()
-    finished = train(model, Run(options.stage, options.data, images, options.out, source), recipe, watch)
-    raise SystemExit(0 if finished else 130)
+    run = Run(options.stage, options.data, images, options.out, source, options.deepspeed)
+    finished = train(model, run, recipe, watch)
+    leave_world(0 if finished else 130)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,20 @@ import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from visualrwkv.config import ImagePosition, ModelConfig
+from visualrwkv.config import ModelConfig
 from visualrwkv.files import write_whole
 from visualrwkv.text.prompt import IGNORE
-from visualrwkv.training.data import Conversations, plan_epoch
+from visualrwkv.training.data import Conversations
+from visualrwkv.training.index import in_pieces
+from visualrwkv.training.packing import plan_epoch
 from visualrwkv.training.progress import Bar
+from visualrwkv.training.recipes import Position, Recipe
+from visualrwkv.training.records import read_record
+from visualrwkv.training.tables import Cell
 from visualrwkv.vision.processor import open_picture
 
 PIECE = 64  # records that a worker takes at a time
@@ -32,6 +34,7 @@ class Found:
     learned: list[int] = field(default_factory=list)
     pictures: int = 0
     sides: Counter[int] = field(default_factory=Counter)  # the longer side of a picture, in hundreds of pixels
+    cut: int = 0  # records that are longer than the budget
     empty: int = 0  # turns without a word
     problems: list[tuple[int, str]] = field(default_factory=list)
 
@@ -40,58 +43,50 @@ class Found:
         self.learned += other.learned
         self.pictures += other.pictures
         self.sides += other.sides
+        self.cut += other.cut
         self.empty += other.empty
         self.problems += other.problems
 
 
-_data: Conversations  # a worker's, from the process that it parted from
-
-
-def look(indices: range) -> Found:
+def look(data: Conversations, indices: range) -> Found:
     """Check these records as training would, and open their pictures."""
     found = Found()
     for index in indices:
         try:
-            ids, labels = _data.encode(index)
-            for picture in _data.pictures(index):
-                found.sides[math.ceil(max(open_picture(picture).size) / 100)] += 1
-                found.pictures += 1
+            ids, labels, pictures, cut = data.encode(index)
+            sides = [math.ceil(max(open_picture(p.read() if isinstance(p, Cell) else p).size) / 100) for p in pictures]
+            turns = read_record(data.source, index).turns
         except (ValueError, OSError) as error:
-            name = _data.name(index)
+            name = data.name(index)
             found.problems.append((index, str(error) if name in str(error) else f"{name}: {error}"))
             continue
+        found.sides.update(sides)
+        found.pictures += len(pictures)
         found.lengths.append(len(ids))
+        found.cut += cut
         found.learned.append(sum(label != IGNORE for label in labels))
-        found.empty += sum(not turn["value"].strip() for turn in _data.records[index]["conversations"])
+        found.empty += sum(not turn["value"].strip() for turn in turns)
     return found
 
 
 def check(
-    path: Path, images: Path, model: ModelConfig, position: ImagePosition, tokens: int, workers: int = 0
+    path: Path, images: Path, model: ModelConfig, position: Position, tokens: int, workers: int = 0
 ) -> tuple[Found, dict[str, Any]]:
-    """Look at every record of a LLaVA file -> what was found, and the figures to report.
+    """Look at every record of a data file or set -> what was found, and the figures to report.
 
     tokens: the budget of a packed batch; workers: processes, 0 for one a core. ValueError or FileNotFoundError where the
     file itself cannot be read.
     """
-    global _data
-    _data = Conversations(path, images, model, position, strict=False)
-    count = len(_data)
+    data = Conversations(path, images, model, position, tokens)
+    count = len(data)
     pieces = [range(start, min(start + PIECE, count)) for start in range(0, count, PIECE)]
     found = Found()
     with Bar("check-data", count) as bar:
-        for piece, part in zip(pieces, _run(pieces, workers or os.cpu_count() or 1), strict=True):
+        parts = in_pieces(lambda indices: look(data, indices), pieces, workers or os.cpu_count() or 1)
+        for piece, part in zip(pieces, parts, strict=True):
             found.add(part)
             bar.advance(len(piece), notes={"problems": str(len(found.problems))})
     return found, figures(found, count, tokens)
-
-
-def _run(pieces: list[range], workers: int) -> Iterator[Found]:
-    if workers == 1:
-        yield from map(look, pieces)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:  # the records are shared, not sent
-        yield from pool.map(look, pieces)
 
 
 def figures(found: Found, count: int, tokens: int) -> dict[str, Any]:
@@ -100,7 +95,7 @@ def figures(found: Found, count: int, tokens: int) -> dict[str, Any]:
     report["empty turns"] = found.empty
     if found.lengths:
         ordered = sorted(found.lengths)
-        batches = plan_epoch(found.lengths, tokens, 0, 0)
+        batches = plan_epoch(found.lengths, tokens, 0, 0, Recipe().look_ahead)
         report |= {
             "tokens": sum(ordered),
             "learned tokens": sum(found.learned),
@@ -111,7 +106,7 @@ def figures(found: Found, count: int, tokens: int) -> dict[str, Any]:
                 "longest": ordered[-1],
             },
             "budget": tokens,
-            "longer than the budget": sum(length > tokens for length in ordered),
+            "cut to the budget": found.cut,
             "batches an epoch": len(batches),
             "filled": round(sum(ordered) / (len(batches) * tokens), 4),
         }

@@ -1,33 +1,38 @@
-"""LLaVA records to packed batches: ragged, never padded, planned so that a run can be resumed at any step.
+"""Records to packed batches: ragged, never padded, checked before a run begins.
 
 A batch is one row of T tokens from S samples; I pictures.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import random
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from visualrwkv.config import ImagePosition, ModelConfig
-from visualrwkv.text.prompt import IGNORE, IMAGE_TAG, encode_conversation
+from visualrwkv.config import ModelConfig, choose
+from visualrwkv.text.prompt import IGNORE, PLACEHOLDER, encode_conversation
+from visualrwkv.training.index import Index, make_index
+from visualrwkv.training.packing import Share
+from visualrwkv.training.recipes import POSITIONS, Policy, Position
+from visualrwkv.training.records import Record, Stored, read_record
+from visualrwkv.training.sources import open_source
+from visualrwkv.training.tables import Cell
 from visualrwkv.vision.processor import make_processor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed row: ids, labels (T,), cu_seqlens (S+1,), and which pictures stand in it, by their paths.
+    """One packed row: ids, labels (T,), cu_seqlens (S+1,), and which pictures stand in it, by their names.
 
     `images` are those of the pictures that the encoder still has to read, each once, or None: pixels (I, 3, H, W), in
-    the order of `unread`.
+    the order of `unread`. `records` are those in the row, `skipped` those that should be and could not be read.
     """
 
     ids: Tensor
@@ -36,6 +41,8 @@ class Batch:
     images: Tensor | None
     pictures: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    records: tuple[int, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -47,114 +54,157 @@ class Batch:
         return replace(self, ids=ids, labels=labels, cu_seqlens=cu_seqlens, images=images)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a LLaVA JSON file; one sentence where it is none."""
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such data file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} must hold a list of records, it holds {json.dumps(records)[:40]}")
-    return records
-
-
 class Conversations(Dataset):
-    """The records of a LLaVA file, checked at once, so that no run stops half-way at a bad one.
+    """The records of a data file or set, as the model reads them.
 
-    A record: {"id", "image": path or list of paths under `images` (absent: text only), "conversations": [...]}, with as
-    many <image> tags as pictures. ValueError or FileNotFoundError names file, record and value. strict False: a record is
-    checked when it is asked for, and there are no lengths.
+    ValueError or FileNotFoundError names file, record and value. longest: a record of more tokens is cut after its last
+    answer that fits (0: none is cut); bad: what to do about a record that fails; frames: of a video.
+    `index` holds every record's length once `prepare` has looked at them, so that no run stops half-way at a bad one.
     """
+
+    index: Index
 
     def __init__(
         self,
         path: Path,
         images: Path,
         model: ModelConfig,
-        image_position: ImagePosition = "middle",
-        strict: bool = True,
+        image_position: Position = "middle",
+        longest: int = 0,
+        bad: Policy = "error",
+        frames: int = 8,
+        seed: int = 0,
     ):
-        self.path, self.images = path, images
+        choose("image_position", image_position, POSITIONS)
+        choose("bad", bad, ("error", "skip"))
+        self.path = path
         self.image_tokens, self.image_position, self.template = model.image_tokens, image_position, model.template
+        self.longest, self.bad, self.frames, self.seed = longest, bad, frames, seed
         self.processor = make_processor(model.vision) if model.vision else None
-        self.records = read_records(path)
-        self.lengths: list[int] = []
-        self.words: set[int] = set()  # every id that occurs
-        self.answers: set[int] = set()  # every id that some answer holds
+        self.source = open_source(path, images)
         self.read: Container[str] = ()  # pictures that need not be opened again
-        for index in range(len(self.records) if strict else 0):
-            ids, labels = self.encode(index)
-            self.lengths.append(len(ids))
-            self.words.update(ids)
-            self.answers.update(labels)
-        self.answers.discard(IGNORE)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.source)
+
+    def prepare(self, kept: Path | None = None, workers: int = 0) -> Index:
+        """Look at all records, or at what an earlier look left in the file `kept`; nothing is written.
+
+        ValueError names the first bad record, unless bad ones are to be skipped, and a set without anything to learn.
+        """
+        index = Index.load(kept, self.mark()) if kept else None
+        if index is None:
+            index = make_index(self.measure, len(self), workers)
+            if self.bad == "error" and index.problems:
+                more = len(index.problems) - 1
+                also = f"; {more} more records fail, and --bad skip leaves them all out" if more else ""
+                raise ValueError(index.problems[0][1] + also)
+            if not index.answers.any():
+                first = f"; the first of them: {index.problems[0][1]}" if index.problems else ""
+                raise ValueError(f"{self.path} has no record with an answer to learn from{first}")
+        self.index = index
+        return index
+
+    def mark(self) -> list[Any]:
+        """What an index depends on."""
+        seed = self.seed if self.image_position == "mixed" else 0
+        how = [self.image_tokens, self.image_position, self.template, self.longest, self.bad, self.frames, seed]
+        return [self.source.mark(), *how, self.processor is not None]
+
+    def kept(self, file: Path) -> bool:
+        """Whether the file holds an index of these records, read in this way."""
+        return Index.load(file, self.mark()) is not None
+
+    def keep_index(self, file: Path) -> None:
+        """Leave the index for `prepare`."""
+        self.index.save(file, self.mark())
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each record; 0 for one that is left out."""
+        return self.index.lengths.tolist()
 
     def name(self, index: int) -> str:
         """How to point a person at a record."""
-        record = self.records[index]
-        mark = record.get("id") if isinstance(record, dict) else None
-        return f"{self.path}, record {index}" + (f" (id {mark})" if mark is not None else "")
+        return self.source.name(index)
 
-    def pictures(self, index: int) -> list[Path]:
-        """The picture files of a record."""
-        image = self.records[index].get("image")
-        names = [] if image is None else image if isinstance(image, list) else [image]
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{self.name(index)} has an image that is no path or list of paths: {image!r:.80}")
-        return [self.images / name for name in names]
+    def position(self, index: int) -> Any:
+        """Where a record's pictures stand."""
+        if self.image_position != "mixed":
+            return self.image_position
+        return random.Random(f"{self.seed} {index}").choice(("first", "middle"))
 
-    def encode(self, index: int) -> tuple[list[int], list[int]]:
-        """Ids and labels of a record; errors as above."""
-        record = self.records[index]
-        turns = record.get("conversations") if isinstance(record, dict) else None
-        if not isinstance(turns, list) or not turns:
-            raise ValueError(f"{self.name(index)} has no conversations")
-        for turn in turns:
-            if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("from", "value")):
-                raise ValueError(f"{self.name(index)} has a turn without the texts 'from' and 'value': {turn!r:.80}")
-        pictures = self.pictures(index)
-        tags = sum(t["value"].count(IMAGE_TAG) for t in turns if t["from"].lower() == "human")
-        if tags != len(pictures):
-            raise ValueError(f"{self.name(index)} has {tags} {IMAGE_TAG} tags for {len(pictures)} pictures")
-        if pictures and self.processor is None:
+    def encode(self, index: int) -> tuple[list[int], list[int], tuple[Stored, ...], bool]:
+        """Ids and labels of a record, its pictures, and whether it was cut; errors as above."""
+        record = read_record(self.source, index, self.frames)
+        if record.pictures and self.processor is None:
             raise ValueError(f"{self.name(index)} has a picture, but the model has no vision encoder")
-        for picture in pictures:
-            if not picture.is_file():
-                raise FileNotFoundError(f"{self.name(index)}: there is no picture {picture}")
         try:
-            ids, labels = encode_conversation(turns, self.template, self.image_position, self.image_tokens)
+            ids, labels = encode_conversation(record.turns, self.template, self.position(index), self.image_tokens)
         except ValueError as error:
             raise ValueError(f"{self.name(index)}: {error}") from error
         if all(label == IGNORE for label in labels):
             raise ValueError(f"{self.name(index)} has no answer to learn from")
-        return ids, labels
+        if self.longest and len(ids) > self.longest:
+            return *self.cut(index, ids, labels, record), True
+        return ids, labels, record.pictures, False
+
+    def cut(
+        self, index: int, ids: list[int], labels: list[int], record: Record
+    ) -> tuple[list[int], list[int], tuple[Stored, ...]]:
+        """A record up to the last answer that ends within `longest` tokens."""
+        learned = np.array([*labels, IGNORE]) != IGNORE
+        ends = np.flatnonzero(learned[:-1] & ~learned[1:]) + 1
+        end = int(ends[ends <= self.longest].max(initial=0))
+        if not end:
+            raise ValueError(
+                f"{self.name(index)} needs {ends[0]} tokens up to the end of its first answer, more than the budget of "
+                f"{self.longest}"
+            )
+        pictures = ids[:end].count(PLACEHOLDER[self.template]) // self.image_tokens
+        return ids[:end], labels[:end], record.pictures[:pictures]
+
+    def measure(self, index: int) -> tuple[list[int], list[int], bool]:
+        """As `encode`, and that the pictures are there."""
+        ids, labels, pictures, cut = self.encode(index)
+        for picture in pictures:
+            if isinstance(picture, Path) and not picture.is_file():
+                raise FileNotFoundError(f"{self.name(index)}: there is no picture {picture}")
+        return ids, labels, cut
 
     def pack(self, indices: Sequence[int]) -> Batch:
         """These records side by side in one row."""
         ids: list[int] = []
         labels: list[int] = []
-        bounds, pictures = [0], []
+        bounds, pictures, records, skipped = [0], [], [], []
         pixels: dict[str, Tensor] = {}
         for index in indices:
-            new_ids, new_labels = self.encode(index)
+            try:
+                new_ids, new_labels, shown, _ = self.encode(index)
+                new = {str(p): self.pixels(index, p) for p in shown if not (str(p) in pixels or str(p) in self.read)}
+            except (ValueError, OSError) as error:
+                if self.bad == "error":
+                    raise
+                skipped.append(str(error))
+                continue
+            pixels |= new
             ids += new_ids
             labels += new_labels
             bounds.append(len(ids))
-            for picture in self.pictures(index):
-                pictures.append(key := str(picture))
-                try:
-                    if key not in pixels and key not in self.read:
-                        pixels[key] = self.processor(picture)  # type: ignore[misc]  # checked in encode
-                except ValueError as error:
-                    raise ValueError(f"{self.name(index)}: {error}") from error
+            pictures += [str(picture) for picture in shown]
+            records.append(index)
+        if not records:
+            raise ValueError(f"none of the records of a batch can be read; the first: {skipped[0]}")
         images = torch.stack(list(pixels.values())) if pixels else None
         rows = (torch.tensor(ids), torch.tensor(labels), torch.tensor(bounds))
-        return Batch(*rows, images, tuple(pictures), tuple(pixels))
+        return Batch(*rows, images, tuple(pictures), tuple(pixels), tuple(records), tuple(skipped))
+
+    def pixels(self, index: int, picture: Stored) -> Tensor:
+        """A picture as the encoder sees it (3, H, W)."""
+        try:
+            return self.processor(picture.read() if isinstance(picture, Cell) else picture)  # type: ignore[misc]
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{self.name(index)}: {error}") from error
 
     def __getitem__(self, indices: tuple[int, ...]) -> Batch | Exception:  # type: ignore[override]
         """Pack records; what is wrong with them is returned, for it would lose its words on the way out of a worker."""
@@ -162,65 +212,6 @@ class Conversations(Dataset):
             return self.pack(indices)
         except (ValueError, OSError) as error:
             return error
-
-
-def plan_epoch(lengths: Sequence[int], budget: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
-    """One epoch's batches: records in an order given by seed and epoch, each batch filled up to `budget` tokens.
-
-    A record longer than the budget makes a batch of its own.
-    """
-    order = list(range(len(lengths)))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    batches: list[tuple[int, ...]] = []
-    batch: list[int] = []
-    room = budget
-    for index in order:
-        if batch and lengths[index] > room:
-            batches.append(tuple(batch))
-            batch, room = [], budget
-        batch.append(index)
-        room -= lengths[index]
-    batches.append(tuple(batch))
-    return batches
-
-
-@dataclass(frozen=True)
-class Share:
-    """A rank's part of one optimiser step: its batches, and how many samples the step has over all ranks."""
-
-    batches: tuple[tuple[int, ...], ...]
-    samples: int
-
-
-class Plan:
-    """Which records make which step: a function of lengths, budget and seed alone, so any rank can go on at any step."""
-
-    def __init__(self, lengths: Sequence[int], budget: int, seed: int, world: int = 1, accumulate: int = 1):
-        self.lengths, self.budget, self.seed = lengths, budget, seed
-        self.world, self.accumulate = world, accumulate
-
-    def steps(self, epochs: float) -> int:
-        """Optimiser steps for so many epochs."""
-        batches = len(plan_epoch(self.lengths, self.budget, self.seed, 0))
-        return max(1, math.ceil(batches * epochs / (self.world * self.accumulate)))
-
-    def shares(self, rank: int, start: int, stop: int) -> Iterator[Share]:
-        """This rank's shares of the steps start … stop − 1; epochs follow one another without a gap."""
-        size = self.world * self.accumulate
-        skip, waiting, step = start * size, [], start
-        epoch = 0
-        while step < stop:
-            batches = plan_epoch(self.lengths, self.budget, self.seed, epoch)
-            epoch += 1
-            if skip >= len(batches):
-                skip -= len(batches)
-                continue
-            waiting += batches[skip:]
-            skip = 0
-            while len(waiting) >= size and step < stop:
-                group, waiting = waiting[:size], waiting[size:]
-                yield Share(tuple(group[rank :: self.world]), sum(len(b) for b in group))
-                step += 1
 
 
 def load_batches(data: Conversations, shares: Sequence[Share], workers: int) -> Iterator[Batch]:

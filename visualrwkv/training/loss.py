@@ -60,14 +60,24 @@ def wake_head(head: Tensor, answers: set[int]) -> None:
         )
 
 
+L2WRAP = 1e-4
+"""How strongly the reference holds the largest logits down."""
+
+
 def packed_loss(
-    hidden: Tensor, head: Tensor, labels: Tensor, cu_seqlens: Tensor, rows: Tensor | None = None, alike: int = 1
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    rows: Tensor | None = None,
+    alike: int = 1,
+    l2wrap: bool = False,
 ) -> Tensor:
     """Sum over samples of each sample's mean cross-entropy; divide by the number of samples for the reference's loss.
 
     hidden (T, C), head (V, C), labels (T,) with −100 where nothing is learned, cu_seqlens (S+1,). With rows (R,), the
     whole head's `distinct_rows`, `head` holds these alone (R, C); the last stands for `alike` rows and gets the gradient
-    of one of them.
+    of one of them. l2wrap: with the reference's extra gradient on each position's largest logit (`L2Wrap`).
     """
     targets = shift_labels(labels, cu_seqlens)
     weights = sample_weights(targets, cu_seqlens)
@@ -75,7 +85,42 @@ def packed_loss(
     targets, weights = targets[places], weights[places]
     if rows is not None:
         targets = torch.searchsorted(rows[:-1], targets)
-    return LinearCrossEntropy.apply(hidden[places], head, targets, weights, alike)
+    loss = LinearCrossEntropy.apply(hidden[places], head, targets, weights, alike)
+    if l2wrap:
+        assert rows is None, "the largest logit is one of the whole head's"
+        loss = L2Wrap.apply(loss, hidden, head, L2WRAP * (len(cu_seqlens) - 1) / len(labels))
+    return loss
+
+
+class L2Wrap(torch.autograd.Function):
+    """RWKV-LM's L2Wrap: the loss as it is, and to the gradient of every position's largest logit m, labelled or not, is
+    added factor · m. With factor 1e-4 · S / T it is the reference's 1e-4 / (B · T) in the mean over samples.
+
+    loss (), hidden (T, C), head (V, C).
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, hidden: Tensor, head: Tensor, factor: float) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+        h, W = hidden.to(dtype), head.to(dtype)
+        d_hidden = torch.empty_like(hidden)
+        d_head = torch.zeros_like(head) if ctx.needs_input_grad[2] else None
+        for start in range(0, len(h), TILE):
+            part = slice(start, start + TILE)
+            top, entry = (h[part] @ W.T).max(-1)
+            slope = factor * top.float()[:, None]
+            d_hidden[part] = slope * head[entry]
+            if d_head is not None:
+                d_head.index_add_(0, entry, (slope * hidden[part]).to(head.dtype))
+        ctx.save_for_backward(d_hidden, d_head)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        d_hidden, d_head = ctx.saved_tensors
+        return slope, d_hidden * slope, None if d_head is None else d_head * slope, None
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from visualrwkv.commandline import parse, run
 from visualrwkv.training.recipes import RECIPES, EncoderRecipe
+from visualrwkv.training.sheet import contact_sheet
 
 HOME = Path("runs/quickstart")
 RETELL: dict[str, Any] = {"steps": 320, "tokens": 2048, "lr_final": 2e-3}
@@ -236,7 +236,7 @@ def report(phase: Phases, scores: Path, recipe: dict[str, Any]) -> None:
     part = HOME / ".result.part"
     part.write_text(json.dumps(result, indent=2) + "\n")
     part.replace(HOME / "result.json")
-    contact_sheet(scores, HOME / "contact_sheet.png")
+    draw_answers(scores, HOME / "contact_sheet.png")
     kinds = [k for k in figures["test"] if k != "accuracy"]
     print(f"\n{'':<14}{'test':>8}{'unseen':>8}{'blind':>8}")
     for kind in ["accuracy", *kinds]:
@@ -249,44 +249,16 @@ def report(phase: Phases, scores: Path, recipe: dict[str, Any]) -> None:
     print(f"\nAsk it yourself:\n  .venv/bin/visualrwkv chat --model {HOME / 'finetune'} --image {picture}")
 
 
-def contact_sheet(scores: Path, out: Path, columns: int = 8, rows: int = 4) -> None:
-    """Pictures with question and answer, right ones green, wrong ones red with what was right; drawn without looking."""
+def draw_answers(scores: Path, out: Path, columns: int = 8, rows: int = 4) -> None:
+    """The contact sheet: questions of both splits, drawn without looking."""
     import random
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from PIL import Image
-
-    answers = []
+    answers: list[dict[str, Any]] = []
     for split in ("test", "test_unseen"):
         lines = (scores / f"scenes-{split}.jsonl").read_text().splitlines()
         answers += random.Random(0).sample([json.loads(line) for line in lines], columns * rows // 2)
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * 1.9, rows * 2.6))
-    for place, row in zip(axes.flat, answers):
-        given, right = row["text"], row["answer"]
-        good = given.strip().lower() == right.lower()
-        place.imshow(Image.open(row["image"]))
-        place.set_axis_off()
-        place.set_title("\n".join(textwrap.wrap(row["prompt"], 26)), fontsize=7, loc="left")
-        said = f"✓ {given}" if good else f"✗ {given} (right: {right})"
-        place.text(
-            0,
-            1.0,
-            said,
-            transform=place.transAxes,
-            fontsize=8,
-            color="tab:green" if good else "tab:red",
-            va="top",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
-    figure.suptitle(
-        f"{columns * rows // 2} questions each of test (above) and test_unseen (below), drawn at random", fontsize=9
-    )
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    title = f"{columns * rows // 2} questions each of test (above) and test_unseen (below), drawn at random"
+    contact_sheet(answers, out, columns, title)
 
 
 if __name__ == "__main__":

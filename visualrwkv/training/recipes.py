@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from visualrwkv.config import IMAGE_POSITIONS, ImagePosition, choose
+from visualrwkv.config import choose
 
+Position = Literal["first", "middle", "last", "mixed"]
+POSITIONS = ("first", "middle", "last", "mixed")
+"""Where pictures stand; mixed: first in half of the records, middle in the others, so that one model learns both."""
+Policy = Literal["error", "skip"]
+Offload = Literal["none", "optimizer", "all"]
 Stage = Literal["language", "pretrain", "finetune"]
 STAGES: tuple[str, ...] = ("language", "pretrain", "finetune")
 """language: the whole language model, text alone; pretrain: projector only; finetune: projector and RWKV."""
@@ -19,6 +24,7 @@ class Recipe:
     epochs: float = 1.0  # ignored where steps is given
     steps: int = 0  # optimiser steps; 0: as many as `epochs` needs
     tokens: int = 8192  # token budget of a packed batch, image tokens included, per rank
+    look_ahead: int = 1024  # records among which packing looks for one that fits; 1: they keep their order
     accumulate: int = 1  # batches per optimiser step and rank
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the RWKV blocks, AdamW for the rest
     muon_lr: float = 0.02  # Muon's peak rate; it follows the schedule of lr
@@ -30,27 +36,43 @@ class Recipe:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0  # gradient norm
-    image_position: ImagePosition = "middle"
+    l2wrap: bool = False  # hold the largest logits down as RWKV-LM does; costs the logits of every position
+    image_position: Position = "middle"  # mixed: first in half of the records, middle in the others
+    frames: int = 8  # of a video
+    bad: Policy = "error"  # what to do about a record that fails: stop, or leave it out and count it
     bf16: bool = False  # matrix products in bf16, everything else in fp32
+    weights_bf16: bool = False  # the model itself in bf16; DeepSpeed keeps fp32 weights for the optimizer
     zero: int = 0  # DeepSpeed ZeRO stage, 0 to 3
+    offload: Offload = "none"  # to the CPU's memory: the optimizer (zero 1 to 3), or parameters too (zero 3)
+    recompute: bool = False  # make a block's activations again in backward instead of keeping them
     workers: int = 0  # processes that load pictures
     features_gb: float = 1.0  # memory for what the frozen encoder made of pictures, should they come again; 0: none
     save_every: int = 1000  # optimiser steps between checkpoints
+    keep: int = 1  # the newest checkpoints that are kept
+    spike: float = 5.0  # stop at a loss of more than so many times the usual; 0: never
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choose("image_position", self.image_position, IMAGE_POSITIONS)
+        choose("image_position", self.image_position, POSITIONS)
+        choose("bad", self.bad, ("error", "skip"))
+        choose("offload", self.offload, ("none", "optimizer", "all"))
         choose("optimizer", self.optimizer, ("adamw", "muon"))
-        for name in ("tokens", "accumulate", "save_every"):
+        for name in ("tokens", "accumulate", "save_every", "look_ahead", "frames", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("steps", "warmup", "workers", "lr", "lr_final", "muon_lr", "weight_decay"):
+        for name in ("steps", "warmup", "workers", "lr", "lr_final", "muon_lr", "weight_decay", "spike"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.steps == 0 and self.epochs <= 0:
             raise ValueError(f"epochs is {self.epochs} and steps 0; one of them must be above 0")
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero is {self.zero}; allowed are 0, 1, 2, 3")
+        if self.offload != "none" and self.zero < (3 if self.offload == "all" else 1):
+            raise ValueError(
+                f"offload {self.offload} needs zero {'3' if self.offload == 'all' else '1 to 3'}, not {self.zero}"
+            )
+        if self.weights_bf16 and self.optimizer == "muon":
+            raise ValueError("optimizer muon needs weights in fp32; take optimizer adamw or leave weights_bf16 out")
         if self.optimizer == "muon" and self.zero:
             raise ValueError(
                 f"optimizer muon needs whole matrices on every rank: zero is {self.zero}; take zero 0 or optimizer adamw"
@@ -71,18 +93,28 @@ class EncoderRecipe:
     bf16: bool = True
 
 
-NANO: dict[str, Any] = {"tokens": 4096, "optimizer": "muon", "bf16": True, "warmup": 10}
+NANO: dict[str, Any] = {"tokens": 4096, "look_ahead": 1, "optimizer": "muon", "bf16": True, "warmup": 10}
 
 
-def published(position: ImagePosition, **stage2: Any) -> dict[str, Recipe]:
+def published(position: Position, lr: float, lr_final: float, pretrain_final: float, **more: Any) -> dict[str, Recipe]:
     """The two stages of arXiv 2406.13362, table 6, where a step has 256 and 128 samples: here about as many, by tokens."""
-    common: dict[str, Any] = {"tokens": 16384, "bf16": True, "optimizer": "adamw"}
+    common: dict[str, Any] = {"tokens": 16384, "bf16": True}
+    stage1, stage2 = {"zero": 1, **common}, {"zero": 1, **common, **more}
     return {
-        "language": Recipe(**common),
-        "pretrain": Recipe(accumulate=10, lr=1e-3, lr_final=1e-5, image_position="first", **common),
-        "finetune": Recipe(accumulate=5, lr=6e-5, lr_final=1.5e-5, image_position=position, **stage2, **common),
+        "language": Recipe(**stage2),
+        "pretrain": Recipe(accumulate=10, lr=1e-3, lr_final=pretrain_final, image_position="first", **stage1),
+        "finetune": Recipe(accumulate=5, lr=lr, lr_final=lr_final, image_position=position, **stage2),
     }
 
+
+V6 = {
+    "1b6": published("middle", 6e-5, 1.5e-5, 1e-5, epochs=2.0),
+    "3b": published("middle", 5e-5, 1.25e-5, 1e-5, epochs=2.0, recompute=True),
+    "7b": published("middle", 4e-5, 1e-5, 1e-5, epochs=2.0, recompute=True, weights_bf16=True, zero=2),
+}
+V7 = published(
+    "first", 6e-5, 1.5e-5, 5e-5
+)  # 1,024 image tokens; the reference's scripts for 0B1, which stand for all sizes
 
 RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
@@ -90,6 +122,13 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "pretrain": Recipe(steps=120, lr=5e-3, lr_final=1e-3, **NANO),
         "finetune": Recipe(steps=680, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
     },
-    "v6.0": published("middle", epochs=2.0),
-    "v7.00": published("first"),
+    "v6.0": V6["1b6"],
+    **{f"v6.0-{size}": stages for size, stages in V6.items()},
+    "v7.00": V7,
+    **{f"v7.00-{size}": V7 for size in ("0b1", "0b4", "1b5")},
 }
+
+
+def meeting(name: str) -> str:
+    """The preset by which a recipe's language model and encoder meet: "v6.0" of "v6.0-3b"."""
+    return name.split("-")[0]

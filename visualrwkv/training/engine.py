@@ -1,0 +1,183 @@
+"""DeepSpeed and the processes that train together: settings, joining, and what the ranks tell one another."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from visualrwkv.training.recipes import Recipe
+
+
+def deepspeed_config(recipe: Recipe, world: int, own: Path | None = None) -> dict[str, Any]:
+    """DeepSpeed's settings, generated so that each number lives once; a user's `own` JSON overrides them one by one."""
+    zero: dict[str, Any] = {"stage": recipe.zero}
+    device = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if recipe.offload != "none":
+        zero["offload_optimizer"] = device
+    if recipe.offload == "all":
+        zero["offload_param"] = device
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # one packed row
+        "gradient_accumulation_steps": recipe.accumulate,
+        "train_batch_size": recipe.accumulate * world,
+        "gradient_clipping": recipe.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,  # the bar and metrics.jsonl say it
+    }
+    if recipe.weights_bf16:
+        settings["bf16"] = {"enabled": True}
+    if own is None:
+        return settings
+    try:
+        theirs = json.loads(own.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{own}: there is no such file of DeepSpeed settings") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{own} is not valid JSON ({error})") from error
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{own} must hold an object of DeepSpeed settings, it holds {json.dumps(theirs)[:40]}")
+    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+        if theirs.get(name, settings[name]) != settings[name]:
+            raise ValueError(
+                f"{own} sets {name} to {theirs[name]}, the recipe to {settings[name]}; set it with --accumulate and the ranks"
+            )
+    return merge(settings, theirs)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, with those of `above` where both have one."""
+    both = {
+        k: merge(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()
+    }
+    return below | both
+
+
+def join_world() -> None:
+    """Join the launcher's processes; started without a launcher, be a world of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if sys.prefix != sys.base_prefix:  # what DeepSpeed compiles is this environment's; another's would be compiled anew
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it says that there is no GPU
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it builds
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    dist.barrier()
+    # Now that all ranks have opened one another's shared memory its names can go: DeepSpeed would leave 69 MB a rank behind.
+    mine = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
+    Path("/dev/shm", mine).unlink(missing_ok=True)
+
+
+def leave_world(status: int) -> NoReturn:
+    """End this process. One of several ranks ends at once: threads of the engine that still live would abort it now and then."""
+    if dist.get_world_size() == 1:
+        raise SystemExit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class World:
+    """What the ranks tell one another, over a group of their own on the CPUs: no GPU waits for it."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.chief = self.rank == 0
+        self.local_chief = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        own = self.size > 1 and dist.get_backend() != "gloo"
+        self.group = dist.new_group(backend="gloo") if own else None
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all ranks, once all have come here."""
+        if self.size == 1:
+            return list(values)
+        both = torch.tensor([*values, 0.0], dtype=torch.float64)
+        dist.all_reduce(both, group=self.group)
+        return both.tolist()[:-1]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def agree(self, error: Exception | None) -> None:
+        """Go on only if no rank has an error: where one has, it is raised, and the others end quietly."""
+        if self.sum(float(error is not None))[0]:
+            self.end(error)
+
+    def end(self, error: Exception | None) -> None:
+        """Raise this rank's error, or leave the word to the rank that has one."""
+        if error is not None:
+            raise error
+        raise SystemExit(1)
+
+
+class Interrupt:
+    """Ctrl-C and termination end the step that runs, not the process."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, *_: object) -> None:
+        self.signal = number
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Keep only what goes into each block and make the rest again in backward: memory for a third more time."""
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def gathered(model: nn.Module, zero: int) -> Any:
+    """Whole parameters on every rank while they are written (ZeRO 3 holds only parts)."""
+    if zero < 3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
+
+
+def gradient_norms(model: nn.Module, zero: int) -> dict[str, float]:
+    """The norm of the gradients of each part of the model, before the optimizer's step; all ranks must ask."""
+    squares: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        grad = p.grad
+        if zero:
+            from deepspeed.utils import safe_get_full_grad
+
+            grad = safe_get_full_grad(p)
+        if grad is not None:
+            part = name.removeprefix("model.").removeprefix("rwkv.").split(".")[0]
+            squares[part] = squares.get(part, torch.zeros(())) + grad.float().square().sum().cpu()
+    return {part: float(square.sqrt()) for part, square in squares.items()}

@@ -1,0 +1,66 @@
+"""What must be right before a run begins: settings, records, and that the directory is this run's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from visualrwkv.model import VisualRWKV
+from visualrwkv.training.checkpoints import Run, claim
+from visualrwkv.training.data import Conversations
+from visualrwkv.training.engine import World, deepspeed_config
+from visualrwkv.training.packing import Plan
+from visualrwkv.training.recipes import Recipe
+
+
+def prepare(model: VisualRWKV, run: Run, recipe: Recipe, world: World) -> tuple[Conversations, dict[str, Any]]:
+    """The records, looked at by one rank of each machine, and DeepSpeed's settings; the run's directory is claimed."""
+    error: Exception | None = None
+    try:
+        settings = deepspeed_config(recipe, world.size, run.deepspeed)
+        how = (recipe.image_position, recipe.tokens, recipe.bad, recipe.frames, recipe.seed)
+        data = Conversations(run.data, run.images, model.config, *how)
+        file = run.out / "index.npz"
+        known = (run.out / "recipe.json").exists()
+        if known and file.exists() and not data.kept(file):
+            raise ValueError(f"{run.data} has changed since the run in {run.out} began; set OUT to another place")
+        if world.chief and known:
+            claim(run, recipe, world.size)
+        if world.local_chief:
+            data.prepare(file)
+        if world.chief and not known:
+            claim(run, recipe, world.size)
+    except (ValueError, OSError) as caught:
+        error = caught
+    world.agree(error)
+    try:
+        if world.local_chief and not known:
+            run.out.mkdir(parents=True, exist_ok=True)
+            data.keep_index(file)
+        world.sum()
+        data.prepare(file)
+    except (ValueError, OSError) as caught:
+        error = caught
+    world.agree(error)
+    marks = world.gather((len(data), data.index.mark()))
+    if len(set(marks)) > 1:
+        other = next(rank for rank, mark in enumerate(marks) if mark != marks[0])
+        raise ValueError(
+            f"rank {other} has other records ({marks[other][0]:,}) under {run.data} than rank 0 ({marks[0][0]:,}); "
+            "give all machines the same files"
+        )
+    return data, settings
+
+
+def summary(data: Conversations, plan: Plan, total: int) -> str:
+    """How the records fill the steps, and what is not as it was written."""
+    lengths = data.index.lengths
+    batches = plan.epoch(0)
+    filled = sum(int(lengths[i]) for batch in batches for i in batch) / (len(batches) * plan.budget)
+    words = (
+        f"{int((lengths > 0).sum()):,} records, {len(batches):,} batches an epoch, {filled:.1%} filled, {total:,} steps"
+    )
+    if count := int(data.index.cut.sum()):
+        words += f"; {count:,} records are cut to {data.longest:,} tokens"
+    if problems := data.index.problems:
+        words += f"; {len(problems):,} records are left out, the first: {problems[0][1]}"
+    return words

@@ -1,0 +1,100 @@
+"""Training records from Hugging Face `datasets`: the rows of a data set on disk, read by index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class TableRecords:
+    """The rows of a Hugging Face data set on disk: what `save_to_disk` wrote, or parquet or arrow files."""
+
+    def __init__(self, path: Path, images: Path):
+        self.path, self.folder = path, images
+        self.table = _open_table(path)
+        columns = self.table.column_names
+        self.texts = [c for c in columns if c in ("id", "conversations", "messages", "texts")]
+        self.shown = [c for c in columns if c in ("image", "images", "video")]
+        if not set(self.texts) - {"id"}:
+            raise ValueError(
+                f"{path} has the columns {', '.join(columns)}; one of them must be conversations, messages or texts"
+            )
+        self._text = self.table.select_columns(self.texts)
+        self._arrow = self.table.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Any:
+        record = dict(self._text[index])
+        row = self._arrow[index] if self.shown else None
+        for column in self.shown:
+            value = row[column][0]  # type: ignore[index]
+            if not value.is_valid:
+                continue
+            if hasattr(value.type, "value_type"):
+                record[column] = [Cell(self, index, column, place) for place in range(len(value))]
+            else:
+                record[column] = [Cell(self, index, column, None)]
+        return record
+
+    def picture(self, row: int, column: str, place: int | None) -> bytes | Path:
+        """A picture's bytes, or its path where the table holds only that."""
+        value = self._arrow[row][column][0]
+        value = (value if place is None else value[place]).as_py()
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):
+            return self.folder / value
+        if not isinstance(value, bytes):
+            raise ValueError(f"{self.name(row)} has no picture in column {column}")
+        return value
+
+    def images(self, index: int) -> Path:
+        return self.folder
+
+    def name(self, index: int) -> str:
+        return f"{self.path}, row {index}"
+
+    def order(self, epoch: int) -> list[int]:
+        return list(range(len(self)))
+
+    def mark(self) -> list[Any]:
+        return [str(self.path), str(self.folder), len(self), self.table._fingerprint]
+
+
+def _open_table(path: Path) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    if (path / "dataset_dict.json").exists():
+        table = datasets.load_from_disk(str(path))
+        if "train" not in table:
+            raise ValueError(f"{path} has the splits {', '.join(table)}; give the directory of one of them")
+        return table["train"]
+    if (path / "state.json").exists():
+        return datasets.load_from_disk(str(path))
+    files = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.arrow")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(
+            f"{path} is no data set: it holds no parquet or arrow file and is not what save_to_disk writes"
+        )
+    kind = files[0].suffix[1:]
+    return datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture that lies in a table of Hugging Face `datasets`, read when it is needed."""
+
+    table: TableRecords
+    row: int
+    column: str
+    place: int | None  # in a list of pictures
+
+    def read(self) -> bytes | Path:
+        return self.table.picture(self.row, self.column, self.place)
+
+    def __str__(self) -> str:
+        return f"{self.table.path}#{self.row}.{self.column}" + ("" if self.place is None else f".{self.place}")

@@ -24,12 +24,13 @@ Turn = Mapping[str, str]
 
 def clean(text: str) -> str:
     """Strip, and collapse empty lines, so that two newlines occur only where a turn ends."""
-    return re.sub(r"\n(\s*\n)+", "\n", text.strip())
+    text = text.strip()
+    return re.sub(r"\n(\s*\n)+", "\n", text) if "\n" in text else text
 
 
 def without_tags(text: str) -> str:
     """The text of a turn without its image tags."""
-    return clean(re.sub(rf"\s*{IMAGE_TAG}\s*", "\n", text))
+    return clean(re.sub(rf"\s*{IMAGE_TAG}\s*", "\n", text) if IMAGE_TAG in text else text)
 
 
 def question_copy(text: str) -> str:

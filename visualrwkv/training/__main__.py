@@ -28,6 +28,9 @@ class Options:
     samples: bool = False  # leave what was answered at each look under OUT/answers, as JSONL and as a picture
     best: bool = False  # keep the model that saw best in OUT/best
     deepspeed: Path | None = None  # DeepSpeed's JSON, to override what is made from the recipe
+    features: Path | None = (
+        None  # a directory to keep what the frozen encoder makes of the pictures, for later epochs and runs
+    )
     preset: str = "nano"
 
 
@@ -76,7 +79,7 @@ def main() -> None:
         kept = options.out / "answers" if options.samples else None, options.out / "best" if options.best else None
         watch = Watch(model, options.watch, options.watch.parent, options.watch_every, 128, *kept)
     join_world()
-    run = Run(options.stage, options.data, images, options.out, source, options.deepspeed)
+    run = Run(options.stage, options.data, images, options.out, source, options.deepspeed, options.features)
     finished = train(model, run, recipe, watch)
     leave_world(0 if finished else 130)
 

@@ -16,7 +16,11 @@ from visualrwkv.training.recipes import Recipe, Stage
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained on what, and where it goes. `source` names the starting weights, to tell runs apart."""
+    """What is trained on what, and where it goes.
+
+    `source` names the starting weights, to tell runs apart; deepspeed: a user's own settings; features: where to keep what
+    the frozen encoder makes of the pictures.
+    """
 
     stage: Stage
     data: Path
@@ -24,6 +28,7 @@ class Run:
     out: Path
     source: str = ""
     deepspeed: Path | None = None
+    features: Path | None = None
 
 
 def claim(run: Run, recipe: Recipe, ranks: int) -> None:

@@ -143,7 +143,7 @@ class Conversations(Dataset):
             ids, labels = encode_conversation(record.turns, self.template, self.position(index), self.image_tokens)
         except ValueError as error:
             raise ValueError(f"{self.name(index)}: {error}") from error
-        if all(label == IGNORE for label in labels):
+        if max(labels, default=IGNORE) == IGNORE:
             raise ValueError(f"{self.name(index)} has no answer to learn from")
         if self.longest and len(ids) > self.longest:
             return *self.cut(index, ids, labels, record), True

@@ -110,6 +110,8 @@ class World:
         self.local_chief = int(os.environ.get("LOCAL_RANK", 0)) == 0
         own = self.size > 1 and dist.get_backend() != "gloo"
         self.group = dist.new_group(backend="gloo") if own else None
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
 
     def sum(self, *values: float) -> list[float]:
         """Sums over all ranks, once all have come here."""

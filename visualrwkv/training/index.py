@@ -71,7 +71,8 @@ Encode = Callable[[int], tuple[list[int], list[int], bool]]
 def look(encode: Encode, indices: range) -> Index:
     """Encode these records, to know how long they are."""
     lengths, cut = np.zeros(len(indices), np.int32), np.zeros(len(indices), bool)
-    words, answers = np.zeros(VOCABULARY, bool), np.zeros(VOCABULARY, bool)
+    words: set[int] = set()
+    answers: set[int] = set()
     problems = []
     for place, index in enumerate(indices):
         try:
@@ -80,10 +81,15 @@ def look(encode: Encode, indices: range) -> Index:
             problems.append((index, str(error)))
             continue
         lengths[place] = len(ids)
-        words[ids] = True
-        learned = np.array(labels)
-        answers[learned[learned != IGNORE]] = True
-    return Index(lengths, cut, words, answers, problems)
+        words.update(ids)
+        answers.update(labels)
+    return Index(lengths, cut, _flags(words), _flags(answers - {IGNORE}), problems)
+
+
+def _flags(ids: set[int]) -> npt.NDArray[np.bool_]:
+    flags = np.zeros(VOCABULARY, bool)
+    flags[list(ids)] = True
+    return flags
 
 
 def make_index(encode: Encode, count: int, workers: int = 0) -> Index:

@@ -31,6 +31,7 @@ from visualrwkv.training.packing import Plan, Share
 from visualrwkv.training.prepare import prepare, summary
 from visualrwkv.training.progress import Bar
 from visualrwkv.training.recipes import Recipe
+from visualrwkv.training.shelf import Shelf, encoder_mark, fill
 from visualrwkv.training.watch import Watch
 
 
@@ -81,7 +82,7 @@ class Trainer:
         few_words = run.stage == "language" and len(words) < 0.9 * model.config.rwkv.vocab_size
         known = torch.tensor(sorted(words), device=model.device) if few_words else None
         # With ZeRO 3 each part of the encoder is gathered when it runs: a rank that leaves it out would let the others wait.
-        features = Features(recipe.features_gb * 1e9 if recipe.zero < 3 else 0)
+        features = Features(recipe.features_gb * 1e9 if recipe.zero < 3 else 0, self.shelf())
         if recipe.recompute:
             recompute_blocks(model.rwkv)
         self.objective = Objective(model, recipe, rows, known, features)
@@ -109,6 +110,26 @@ class Trainer:
             put(run.out / "deepspeed.json", json.dumps(settings, indent=2) + "\n")
             for row in self.log.rows:
                 self.alarm(row["loss"])
+
+    def shelf(self) -> Shelf | None:
+        """The directory of features, filled by all ranks, where the run has one."""
+        if self.run.features is None or self.model.vit is None or self.run.stage == "language":
+            return None
+        error: Exception | None = None
+        try:
+            if self.world.chief:
+                Shelf(self.run.features, encoder_mark(self.model))
+        except (ValueError, OSError) as caught:
+            error = caught
+        self.world.agree(error)
+        shelf = Shelf(self.run.features, encoder_mark(self.model))
+        try:
+            fill(self.model, self.data, shelf, self.world, self.recipe.workers, self.recipe.bf16)
+        except (ValueError, OSError) as caught:
+            error = caught
+        self.world.agree(error)
+        shelf.refresh()
+        return shelf
 
     def steps(self, plan: Plan, total: int) -> bool:
         """All steps that are left; False when a signal ended them."""

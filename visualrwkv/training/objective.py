@@ -73,7 +73,7 @@ class Objective(nn.Module):
         if model.proj is None or model.config.vision is None:
             return 0.0
         features = hidden.new_zeros(1, model.config.vision.width)
-        if self.recipe.zero == 3 and model.vit is not None:
+        if self.recipe.zero == 3 and model.vit is not None and self.features.shelf is None:
             blank = self.blank.to(hidden.device)
             with torch.no_grad():
                 features = features + 0 * model.encode(blank)[0, :1]

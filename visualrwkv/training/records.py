@@ -60,7 +60,7 @@ def _conversations(turns: Any, source: Source, index: int) -> list[Turn]:
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{source.name(index)} has no conversations")
     for turn in turns:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("from", "value")):
+        if not (isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)):
             raise ValueError(f"{source.name(index)} has a turn without the texts 'from' and 'value': {turn!r:.80}")
     return turns
 

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -153,10 +154,19 @@ class Interrupt:
         self.signal = number
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Keep only what goes into each block and make the rest again in backward: memory for a third more time."""
+def recompute_blocks(model: nn.Module, zero: int) -> None:
+    """Keep only what goes into each block and make the rest again in backward: memory for a third more time.
+
+    ZeRO 3 gathers a block's weights again only in the reentrant form, which needs an input that has a gradient.
+    """
     for block in model.blocks:  # type: ignore[union-attr]
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(_again, block.forward, zero == 3)
+
+
+def _again(forward: Callable[..., Any], reentrant: bool, x: Tensor, *rest: Any) -> Any:
+    if reentrant and torch.is_grad_enabled() and not x.requires_grad:
+        x = x.detach().requires_grad_()
+    return checkpoint(forward, x, *rest, use_reentrant=reentrant)
 
 
 def gathered(model: nn.Module, zero: int) -> Any:

@@ -84,7 +84,7 @@ class Trainer:
         # With ZeRO 3 each part of the encoder is gathered when it runs: a rank that leaves it out would let the others wait.
         features = Features(recipe.features_gb * 1e9 if recipe.zero < 3 else 0, self.shelf())
         if recipe.recompute:
-            recompute_blocks(model.rwkv)
+            recompute_blocks(model.rwkv, recipe.zero)
         self.objective = Objective(model, recipe, rows, known, features)
         data.read = features  # workers have a copy that stays empty: they open every picture
         trained = [p for p in self.objective.parameters() if p.requires_grad]

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # a checkout needs no installation
 
-from questions import Question  # noqa: E402
+from questions import Question, Row, whole  # noqa: E402
 
 from visualrwkv.commandline import parse, run  # noqa: E402
 from visualrwkv.config import ImagePosition, choose  # noqa: E402
@@ -55,54 +55,53 @@ def newest_model() -> str:
     return str(found[-1].parent)
 
 
-def read_answers(file: Path) -> dict[str, str]:
-    """The answers that an earlier run left; a last line that a crash cut is taken out of the file."""
-    whole = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+def read_answers(file: Path) -> dict[str, Row]:
+    """The rows that an earlier run left; a last line that a crash cut is taken out of the file."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
         try:
-            whole.append(json.loads(line))
+            kept.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    part = file.with_name(f".{file.name}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in whole), encoding="utf-8")
-    part.replace(file)
-    return {row["question_id"]: row["text"] for row in whole}
+    with whole(file) as part:
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    return {row["question_id"]: row for row in kept}
 
 
-def ask(vlm: Any, questions: list[Question], file: Path, options: Options, blind: bool) -> dict[str, str]:
-    """All answers, the missing ones asked in batches of like length and appended to `file`."""
+def ask(vlm: Any, questions: list[Question], file: Path, options: Options, blind: bool) -> list[Row]:
+    """All rows, the missing ones asked in batches and appended to `file`."""
     from visualrwkv.training.progress import Bar
 
-    answers = read_answers(file)
-    left = [q for q in questions if q.id not in answers]
-    with Bar(file.stem, len(questions), len(answers)) as bar, open(file, "a", encoding="utf-8") as out:
+    rows = read_answers(file)
+    left = [q for q in questions if q.id not in rows]
+    with Bar(file.stem, len(questions), len(rows)) as bar, open(file, "a", encoding="utf-8") as out:
         for start in range(0, len(left), options.batch_size):
             batch = left[start : start + options.batch_size]
-            asked = [(None if blind else q.picture, q.text) for q in batch]
+            asked = [(() if blind else q.pictures, q.text) for q in batch]
             texts = vlm.answer_batch(asked, options.image_position, options.max_new_tokens)
             for question, text in zip(batch, texts):
-                answers[question.id] = text
-                row = {"question_id": question.id, "prompt": question.text, "text": text, "answer": question.answer}
-                out.write(json.dumps(row | {"image": str(question.picture)}, ensure_ascii=False) + "\n")
+                row = {"question_id": question.id, "prompt": question.text, "text": text, **question.fields}
+                rows[question.id] = row
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             bar.advance(len(batch))
-    return answers
+    return list(rows.values())
 
 
 def evaluate(vlm: Any, name: str, options: Options, out: Path) -> dict[str, Any]:
     """One bench: scores of each split, and under "blind" the same without the picture."""
     bench = importlib.import_module(f"benches.{name}")
+    splits = bench.splits(options.data)
     if options.split:
-        choose("split", options.split, bench.SPLITS)
+        choose("split", options.split, tuple(splits))
     scores: dict[str, Any] = {}
     for blind in (False, True) if options.blind else (False,):
         part = scores.setdefault("blind", {}) if blind else scores
-        for split in [options.split] if options.split else bench.SPLITS:
+        for split in [options.split] if options.split else splits:
             questions = bench.load(options.data, split)
             questions = questions[: options.limit] if options.limit else questions
             file = out / f"{name}-{split}{'-blind' if blind else ''}.jsonl"
-            answers = ask(vlm, questions, file, options, blind)
-            part[split] = bench.score(questions, answers)
+            part[split] = bench.score(options.data, split, ask(vlm, questions, file, options, blind))
     return scores
 
 

@@ -10,10 +10,6 @@ import pytest
 from visualrwkv.checkpoint import save_model
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "eval"))
-
-from benches import scenes  # noqa: E402
-from questions import Question  # noqa: E402
 
 
 def ask(*options: str) -> subprocess.CompletedProcess:
@@ -23,7 +19,7 @@ def ask(*options: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def place(tmp_path, tiny_model, picture):
-    for split in scenes.SPLITS:
+    for split in ("test", "test_unseen"):
         records = []
         for i in range(3):
             picture(i).save(tmp_path / f"{i}.png")
@@ -39,21 +35,6 @@ def place(tmp_path, tiny_model, picture):
         (tmp_path / f"{split}.json").write_text(json.dumps(records))
     save_model(tiny_model(), tmp_path / "model")
     return tmp_path
-
-
-def test_score_counts_each_type_and_missing_answers_as_wrong():
-    questions = [Question(str(i), Path("p"), "q", kind, "red") for i, kind in enumerate("aab")]
-    figures = scenes.score(questions, {"0": " Red.", "1": "reddish"})
-    assert figures == {"accuracy": pytest.approx(1 / 3), "a": 0.5, "b": 0.0}
-
-
-def test_every_turn_is_a_question_of_its_own(place):
-    questions = scenes.load(place, "test")
-    assert [(q.text, q.answer, q.kind) for q in questions[:2]] == [
-        ("How many?", "2", "count"),
-        ("Which colour?", "red", "colour"),
-    ]
-    assert questions[1].picture == place / "0.png"
 
 
 def test_scores_are_the_last_line_and_a_second_run_goes_on(place):

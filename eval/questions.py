@@ -70,6 +70,13 @@ def whole(file: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def write_json(file: Path, value: Any) -> Path:
+    """Write a JSON file whole."""
+    with whole(file) as part:
+        part.write_text(json.dumps(value), encoding="utf-8")
+    return file
+
+
 # Answers and the questions they belong to --------------------------------------------------------------------------------
 
 
@@ -112,6 +119,12 @@ def match(rows: Iterable[Row], ids: Iterable[Any]) -> Matched:
     )
 
 
+NOTES: list[str] = []
+"""What `note` said in this process."""
+
+
 def note(sentence: str) -> None:
-    """Say what the reader of a score must know; stdout belongs to the scores."""
-    print(f"note: {sentence}", file=sys.stderr)
+    """Say once what the reader of a score must know; stdout belongs to the scores."""
+    if sentence not in NOTES:
+        NOTES.append(sentence)
+        print(f"note: {sentence}", file=sys.stderr)

@@ -13,6 +13,7 @@ DATA/                      what scripts/quickstart.sh writes to runs/quickstart/
   test.json
   test_unseen.json         shapes and colours that training never showed together
   images/"""
+MAX_NEW_TOKENS = 32
 EVERY_SPLIT = True
 """Without --split all are asked: they are measured against each other."""
 

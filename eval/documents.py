@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ def files(data: Path, bench: str, patterns: Sequence[str], tree: str) -> dict[st
     return {split: found[split] for split in ("val", "test", "train") if split in found}
 
 
-def entries(file: Path) -> list[Entry]:
+def entries(file: Path, only: Collection[str] | None = None) -> list[Entry]:
     given = read_json(file)
     if not isinstance(given, dict) or "data" not in given:
         raise ValueError(f"{file} has no list under 'data', as the competition's files have")
-    return given["data"]
+    return [entry for entry in given["data"] if only is None or str(entry["questionId"]) in only]
 
 
 def load(file: Path, folder: str) -> list[Question]:
@@ -85,31 +85,35 @@ def strict_similarity(answer: str, rights: Sequence[str]) -> float:
     return max(1 - share if share < THRESHOLD else 0.0 for share in shares)
 
 
-def answered(file: Path, split: str, rows: list[Row], bench: str) -> list[tuple[Entry, str]]:
+def answered(
+    file: Path, split: str, rows: list[Row], bench: str, only: Collection[str] | None = None
+) -> list[tuple[Entry, str]]:
     """Each question with its answer. ValueError unless every question has exactly one, as the competition wants it."""
-    asked = entries(file)
+    asked = entries(file, only)
     found = match(rows, (entry["questionId"] for entry in asked))
     if found.amiss():
         raise ValueError(f"{bench} {split}: {found.amiss()}; the official script takes only exactly one answer to each")
     return [(entry, found.answers[str(entry["questionId"])]) for entry in asked]
 
 
-def judged(file: Path, split: str, rows: list[Row], bench: str) -> list[tuple[Entry, str]]:
+def judged(
+    file: Path, split: str, rows: list[Row], bench: str, only: Collection[str] | None = None
+) -> list[tuple[Entry, str]]:
     """`answered`, of a split whose answers are public."""
     if any(not entry.get("answers") for entry in entries(file)):
         raise ValueError(f"{bench} {split} has no public answers; the file of `submit` goes to {SERVER}")
-    return answered(file, split, rows, bench)
+    return answered(file, split, rows, bench, only)
 
 
-def score(file: Path, split: str, rows: list[Row], bench: str) -> dict[str, float]:
+def score(file: Path, split: str, rows: list[Row], bench: str, only: Collection[str] | None = None) -> dict[str, float]:
     """ANLS, 0 to 100."""
-    values = [similarity(text, entry["answers"]) for entry, text in judged(file, split, rows, bench)]
+    values = [similarity(text, entry["answers"]) for entry, text in judged(file, split, rows, bench, only)]
     return {"anls": sum(values) / len(values) * 100}
 
 
-def more(file: Path, split: str, rows: list[Row], bench: str) -> dict[str, Any]:
+def more(file: Path, split: str, rows: list[Row], bench: str, only: Collection[str] | None = None) -> dict[str, Any]:
     """ANLS by kinds of questions, and what others call by the same name or compare it with."""
-    pairs = judged(file, split, rows, bench)
+    pairs = judged(file, split, rows, bench, only)
     kinds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for entry, text in pairs:
         for column in KINDS:

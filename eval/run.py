@@ -107,7 +107,7 @@ def judged(bench: Bench, split: str, rows: list[Row], only: Sequence[Question] |
             note(f"{bench.name}: its score is of a whole split, so there is none with --limit")
             return None, {}
         some = {"only": {question.id for question in only}}
-    if empty := sum(not row["text"].strip() for row in rows):
+    if empty := sum(not row.get("text", "a review").strip() for row in rows):
         note(f"{bench.name} {split}: {empty} of {len(rows)} answers are empty, and scored as they are")
     score = bench.code.score(bench.data, split, rows, **some)
     more = bench.code.more(bench.data, split, rows, **some) if hasattr(bench.code, "more") else {}
@@ -118,7 +118,7 @@ def score_saved(bench: Bench, options: Options) -> tuple[Any, dict[str, Any], in
     """Scores of a file of answers, further figures, and the number of answers."""
     assert options.predictions is not None
     rows = read_jsonl(options.predictions)
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(() if getattr(bench.code, "TAKES_REVIEWS", False) else rows, 1):
         if "question_id" not in row or not isinstance(row.get("text"), str):
             raise ValueError(f"{options.predictions}, answer {number} has no question_id or no text")
     if len(bench.splits) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,19 @@ def load(file: Path) -> list[Question]:
     return questions
 
 
-def hits(file: Path, rows: list[Row], bench: str) -> tuple[list[Cells], list[bool]]:
-    asked = read_table(file)
+def hits(
+    file: Path, rows: list[Row], bench: str, only: Collection[str] | None = None
+) -> tuple[list[Cells], list[bool]]:
+    asked = [row for row in read_table(file) if only is None or row["index"] in only]
     found = match(rows, (row["index"] for row in asked))
     if found.amiss():
         note(f"{bench}: {found.amiss()}; a missing answer is read as 'nan' and scored as that")
     return asked, [right(row, found.answers.get(row["index"] or "")) for row in asked]
 
 
-def score(file: Path, rows: list[Row], bench: str) -> dict[str, Any]:
+def score(file: Path, rows: list[Row], bench: str, only: Collection[str] | None = None) -> dict[str, Any]:
     """Accuracy, 0 to 1: overall and of each category."""
-    return accuracies(*hits(file, rows, bench))
+    return accuracies(*hits(file, rows, bench, only))
 
 
 def per_question(file: Path, rows: list[Row], bench: str) -> dict[str, float]:

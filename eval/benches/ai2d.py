@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -56,29 +57,31 @@ def opening(answer: str) -> str:
     return found[1] if found else answer
 
 
-def answered(data: Path, rows: list[Row]) -> list[tuple[Row, str, str]]:
+def answered(data: Path, rows: list[Row], only: Collection[str] | None = None) -> list[tuple[Row, str, str]]:
     """(question, its right letter, its answer)."""
-    asked = read_jsonl(table(data))
+    asked = [row for row in read_jsonl(table(data)) if only is None or str(row["question_id"]) in only]
     found = match(rows, (row["question_id"] for row in asked))
     if found.amiss():
         note(f"ai2d: {found.amiss()}; a question without an answer counts as wrong")
     return [(row, LETTERS[int(row["answer"])], found.answers.get(str(row["question_id"]), "")) for row in asked]
 
 
-def score(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
     """Accuracy in per cent: exact match, without case and punctuation, of the opening letter or the whole answer."""
-    hits = per_question(data, split, rows)
+    hits = per_question(data, split, rows, only)
     return {"accuracy": sum(hits.values()) / len(hits) * 100, "n": len(hits)}
 
 
-def more(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
+def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """What VLMEvalKit would report with its exact matching."""
-    hits = [infer(text, dict(zip(LETTERS, row["options"]))) == letter for row, letter, text in answered(data, rows)]
+    hits = [
+        infer(text, dict(zip(LETTERS, row["options"]))) == letter for row, letter, text in answered(data, rows, only)
+    ]
     return {"vlmevalkit_exact_matching": sum(hits) / len(hits) * 100}
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
     return {
         str(row["question_id"]): float(reduced(opening(text)) == reduced(letter))
-        for row, letter, text in answered(data, rows)
+        for row, letter, text in answered(data, rows, only)
     }

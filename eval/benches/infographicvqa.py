@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ def load(data: Path, split: str) -> list[Question]:
     return documents.load(files(data)[split], "infographicsvqa_images")
 
 
-def score(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
     """ANLS, 0 to 100. ValueError unless every question has exactly one answer."""
-    return documents.score(files(data)[split], split, rows, "infographicvqa")
+    return documents.score(files(data)[split], split, rows, "infographicvqa", only)
 
 
-def more(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
-    return documents.more(files(data)[split], split, rows, "infographicvqa")
+def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
+    return documents.more(files(data)[split], split, rows, "infographicvqa", only)
 
 
 def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:

@@ -15,6 +15,9 @@ TREE = """\
 DATA/                              or DATA/llava-bench-in-the-wild/
   questions.jsonl                  60 questions
   images/                          24 pictures"""
+MAX_NEW_TOKENS = 1024
+TAKES_REVIEWS = True
+"""--predictions may be a file of reviews, whose lines have no text."""
 JUDGE = "llava/eval/eval_gpt_review_bench.py of LLaVA (with context.jsonl, answers_gpt4.jsonl and its rules)"
 
 

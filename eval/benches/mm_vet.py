@@ -16,6 +16,7 @@ DATA/                              or DATA/mm-vet/
   images/
   llava-mm-vet.jsonl               LLaVA's question file; enough to answer them
   *-grade-1runs.json               the official evaluator's grades, to be summed up; optional"""
+MAX_NEW_TOKENS = 1024
 SERVER = "https://huggingface.co/spaces/whyu/MM-Vet_Evaluator"
 
 

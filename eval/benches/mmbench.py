@@ -15,6 +15,7 @@ DATA/                              or DATA/mmbench/
   mmbench_dev_20230712.tsv         with answers; pictures are in the table
   mmbench_test_20230712.tsv        without: its Excel file goes to the server"""
 SUFFIX = DIRECTLY
+MAX_NEW_TOKENS = 1024
 
 
 def tables(data: Path) -> dict[str, Path]:

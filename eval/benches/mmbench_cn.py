@@ -14,6 +14,7 @@ DATA/                              or DATA/mmbench_cn/
   mmbench_dev_cn_20231003.tsv      with answers; pictures are in the table
   mmbench_test_cn_20231003.tsv     without: its Excel file goes to the server"""
 SUFFIX = "请直接回答选项字母。"
+MAX_NEW_TOKENS = 1024
 
 
 def tables(data: Path) -> dict[str, Path]:

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,10 @@ def subject_of(name: str) -> str:
     return "_".join(name.split("_")[1:-1])
 
 
-def hits(data: Path, split: str, rows: list[Row]) -> dict[str, bool]:
+def hits(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, bool]:
     """Whether each answer is right, in the order of the questions. The official evaluator looks at answers, not questions."""
     file = files(data)[split]
-    asked = read_jsonl(file)
+    asked = [row for row in read_jsonl(file) if only is None or row["id"] in only]
     keys = matching(file.parent, (), r"answer_dict_val\.json") if split.startswith("val") else []
     given = read_json(keys[0]) if keys else {}
     found = match(rows, (row["id"] for row in asked))
@@ -114,11 +115,11 @@ def hits(data: Path, split: str, rows: list[Row]) -> dict[str, bool]:
     return right
 
 
-def score(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
+def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """Accuracy, 0 to 1: of all answers, of each subject and of each discipline."""
     subjects: dict[str, list[bool]] = defaultdict(list)
     disciplines: dict[str, list[bool]] = {name: [] for name in DISCIPLINES}
-    right = hits(data, split, rows)
+    right = hits(data, split, rows, only)
     for name, hit in right.items():
         subject = subject_of(name)
         if subject not in SUBJECTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ def load(data: Path, split: str) -> list[Question]:
     return single.load(table(data))
 
 
-def score(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
+def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """Accuracy, 0 to 1. Every question is asked once: nothing is circular."""
-    return single.score(table(data), rows, "mmstar")
+    return single.score(table(data), rows, "mmstar", only)
 
 
 def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +69,21 @@ def holds(text: str, answers: str | Sequence[str], source: str) -> bool:
     return any(even(right) in even(text) for right in ([answers] if isinstance(answers, str) else answers))
 
 
-def hits(data: Path, rows: list[Row]) -> list[tuple[dict[str, Any], bool]]:
-    asked = read_json(table(data))
-    found = match(rows, range(len(asked)))
+def hits(data: Path, rows: list[Row], only: Collection[str] | None = None) -> dict[str, tuple[dict[str, Any], bool]]:
+    every = {str(at): entry for at, entry in enumerate(read_json(table(data)))}
+    asked = {name: entry for name, entry in every.items() if only is None or name in only}
+    found = match(rows, asked)
     if found.amiss():
         note(f"ocrbench: {found.amiss()}; the official script leaves questions without an answer out of its sums")
-    return [
-        (entry, str(at) in found.answers and holds(found.answers[str(at)], entry["answers"], entry["dataset_name"]))
-        for at, entry in enumerate(asked)
-    ]
+    return {
+        name: (entry, name in found.answers and holds(found.answers[name], entry["answers"], entry["dataset_name"]))
+        for name, entry in asked.items()
+    }
 
 
-def score(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
+def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """How many are right, of how many, and both of each of the ten types. With all 1,000 the sum is the final score."""
-    pairs = hits(data, rows)
+    pairs = list(hits(data, rows, only).values())
     by_type: dict[str, list[int]] = {kind: [0, 0] for kind in TYPES}
     for entry, hit in pairs:
         if entry["type"] not in by_type:
@@ -96,9 +97,9 @@ def score(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def more(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
+def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """The official script's sum over the six types of recognition, and right answers of each source."""
-    pairs = hits(data, rows)
+    pairs = list(hits(data, rows, only).values())
     sources: dict[str, list[int]] = {}
     for entry, hit in pairs:
         counts = sources.setdefault(entry["dataset_name"], [0, 0])
@@ -109,4 +110,4 @@ def more(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
 
 
 def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    return {str(at): float(hit) for at, (_, hit) in enumerate(hits(data, rows))}
+    return {name: float(hit) for name, (_, hit) in hits(data, rows).items()}

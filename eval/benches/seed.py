@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +52,24 @@ def load(data: Path, split: str) -> list[Question]:
     return questions
 
 
-def hits(data: Path, rows: list[Row]) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str | None]]]:
+def hits(
+    data: Path, rows: list[Row], only: Collection[str] | None = None
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str | None]]]:
     """The annotations, and each question with its answer."""
     given = read_json(table(data))
-    found = match(rows, (entry["question_id"] for entry in given["questions"]))
+    asked = [entry for entry in given["questions"] if only is None or str(entry["question_id"]) in only]
+    found = match(rows, (entry["question_id"] for entry in asked))
     if found.amiss():
         note(f"seed: {found.amiss()}; LLaVA's script counts a question without an answer as wrong and cannot submit it")
-    return given, [(entry, found.answers.get(str(entry["question_id"]))) for entry in given["questions"]]
+    return given, [(entry, found.answers.get(str(entry["question_id"]))) for entry in asked]
 
 
-def score(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
     """Percentages as LLaVA prints them: each type of question, all, pictures, videos.
 
     A type in which nothing is right is 0 here and stops LLaVA's script; without videos it stops too, and they are left out.
     """
-    given, pairs = hits(data, rows)
+    given, pairs = hits(data, rows, only)
     kinds = {number: name for name, number in given["question_type"].items()}
     parts: dict[str, list[bool]] = defaultdict(list)
     for entry, text in sorted(pairs, key=lambda pair: pair[0]["question_type_id"]):
@@ -77,9 +81,9 @@ def score(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
     return {name: float(f"{sum(h) / len(h) * 100:.2f}") for name, h in parts.items()}
 
 
-def more(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
+def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """What lmms-eval would report: there the first character alone counts, in any case."""
-    _, pairs = hits(data, rows)
+    _, pairs = hits(data, rows, only)
     kinds = {"image": ("image",), "video": ("video",), "all": ("image", "video")}
     figures = {}
     for name, allowed in kinds.items():

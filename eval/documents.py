@@ -134,10 +134,11 @@ def word(text: str) -> str:
     return text.strip().lower().strip(".")
 
 
-def per_question(file: Path, split: str, rows: list[Row], bench: str) -> dict[str, float]:
-    return {
-        str(entry["questionId"]): similarity(text, entry["answers"]) for entry, text in judged(file, split, rows, bench)
-    }
+def per_question(
+    file: Path, split: str, rows: list[Row], bench: str, only: Collection[str] | None = None
+) -> dict[str, float]:
+    pairs = judged(file, split, rows, bench, only)
+    return {str(entry["questionId"]): similarity(text, entry["answers"]) for entry, text in pairs}
 
 
 def submit(file: Path, split: str, rows: list[Row], out: Path, bench: str) -> Path:

@@ -47,5 +47,5 @@ def score(file: Path, rows: list[Row], bench: str, only: Collection[str] | None 
     return accuracies(*hits(file, rows, bench, only))
 
 
-def per_question(file: Path, rows: list[Row], bench: str) -> dict[str, float]:
-    return {row["index"] or "": float(hit) for row, hit in zip(*hits(file, rows, bench))}
+def per_question(file: Path, rows: list[Row], bench: str, only: Collection[str] | None = None) -> dict[str, float]:
+    return {row["index"] or "": float(hit) for row, hit in zip(*hits(file, rows, bench, only))}

@@ -37,8 +37,8 @@ def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None =
     return documents.more(files(data)[split], split, rows, "docvqa", only)
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    return documents.per_question(files(data)[split], split, rows, "docvqa")
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    return documents.per_question(files(data)[split], split, rows, "docvqa", only)
 
 
 def submit(data: Path, split: str, rows: list[Row], out: Path) -> Path:

@@ -38,8 +38,8 @@ def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None =
     return documents.more(files(data)[split], split, rows, "infographicvqa", only)
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    return documents.per_question(files(data)[split], split, rows, "infographicvqa")
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    return documents.per_question(files(data)[split], split, rows, "infographicvqa", only)
 
 
 def submit(data: Path, split: str, rows: list[Row], out: Path) -> Path:

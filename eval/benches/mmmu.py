@@ -137,8 +137,8 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     }
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    return {name: float(hit) for name, hit in hits(data, split, rows).items()}
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    return {name: float(hit) for name, hit in hits(data, split, rows, only).items()}
 
 
 def submit(data: Path, split: str, rows: list[Row], out: Path) -> Path:

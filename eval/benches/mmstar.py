@@ -32,5 +32,5 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     return single.score(table(data), rows, "mmstar", only)
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    return single.per_question(table(data), rows, "mmstar")
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    return single.per_question(table(data), rows, "mmstar", only)

@@ -109,5 +109,5 @@ def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None =
     return {"text_recognition": [sum(recognised), len(recognised)], "by_dataset": sources}
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    return {name: float(hit) for name, (_, hit) in hits(data, rows).items()}
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    return {name: float(hit) for name, (_, hit) in hits(data, rows, only).items()}

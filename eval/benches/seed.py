@@ -97,8 +97,8 @@ def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None =
     return {"lmms_eval_first_char": figures}
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    return {str(entry["question_id"]): float(text == entry["answer"]) for entry, text in hits(data, rows)[1]}
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    return {str(entry["question_id"]): float(text == entry["answer"]) for entry, text in hits(data, rows, only)[1]}
 
 
 def submit(data: Path, split: str, rows: list[Row], out: Path) -> Path:

@@ -37,7 +37,7 @@ class Options:
     """Ask a model a bench's questions, or take saved answers, and score them."""
 
     bench: str  # one or several, separated by commas
-    data: Path | None = None  # the bench's files; left out, they are named
+    data: Path | None = None  # the bench's files, or folders of several benches' names; left out, they are named
     model: str | None = None  # default: the newest model under runs/
     predictions: Path | None = None  # score these answers (JSONL with question_id and text) and load no model
     out: Path | None = None  # default: eval-<hash of the model>/ in its directory; none with --predictions
@@ -77,7 +77,8 @@ def planned(options: Options) -> list[Bench]:
         )
     benches = []
     for name, code in codes.items():
-        found = code.splits(options.data)
+        place = placed(code, name, options.data)
+        found = code.splits(place)
         if options.split:
             choose("split", options.split, tuple(found))
             taken = [options.split]
@@ -87,8 +88,19 @@ def planned(options: Options) -> list[Bench]:
             taken = found[:1]
             if len(found) > 1 and Rank.here().number == 0:
                 note(f"{name}: split {found[0]} is taken; there are also the files of {', '.join(found[1:])} (--split)")
-        benches.append(Bench(name, code, options.data, tuple(taken)))
+        benches.append(Bench(name, code, place, tuple(taken)))
     return benches
+
+
+def placed(code: ModuleType, name: str, data: Path) -> Path:
+    """DATA, or the folder of it that has the bench's name, as where several benches lie side by side."""
+    for place in (data / name, data / name.replace("-", "_")):
+        try:
+            if place.is_dir() and code.splits(place):
+                return place
+        except FileNotFoundError:
+            continue
+    return data
 
 
 def arranged(bench: Bench, by_split: dict[str, Any]) -> Any:
@@ -126,10 +138,9 @@ def score_saved(bench: Bench, options: Options) -> tuple[Any, dict[str, Any], in
             f"{bench.name} has several splits; say which one the answers are of: {', '.join(bench.splits)}"
         )
     (split,) = bench.splits
-    only = bench.code.load(bench.data, split)[: options.limit] if options.limit else None
     if options.out and hasattr(bench.code, "submit"):
         print(f"{bench.name}: to submit: {bench.code.submit(bench.data, split, rows, options.out)}", file=sys.stderr)
-    score, more = judged(bench, split, rows, only)
+    score, more = judged(bench, split, rows, None)
     return arranged(bench, {split: score}), arranged(bench, {split: more}), len(rows)
 
 
@@ -237,10 +248,12 @@ def saved(options: Options, benches: list[Bench]) -> None:
     began = time.monotonic()
     if len(benches) > 1:
         raise ValueError(f"--predictions holds the answers to one bench, and {len(benches)} are asked for")
+    if options.limit or options.blind:
+        raise ValueError("--limit and --blind are for asking a model; saved answers are scored as they are")
     (bench,) = benches
     score, more, count = score_saved(bench, options)
     if options.out:
-        named = {"predictions": str(options.predictions), "data": str(options.data), "limit": options.limit}
+        named = {"predictions": str(options.predictions), "data": str(options.data), "limit": 0}
         figures = {"scores": score, "more": more, "questions": count, "seconds": time.monotonic() - began}
         by_bench = {name: {bench.name: figure} for name, figure in figures.items()}
         settings = {bench.name: bench_settings(bench, bench.splits[0]) | {"splits": bench.splits}}

@@ -148,6 +148,11 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     }
 
 
+def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+    questions, found = answered(data, split, rows, None)
+    return {k: float(found.answers[k] == q["answer"]) for k, q in questions.items() if q["isBalanced"]}
+
+
 def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """Consistency, where every question and every one that it entails is answered, as --consistency wants it."""
     questions, found = answered(data, split, rows, only)

@@ -95,8 +95,12 @@ def parse(answer: str) -> str:
     return next((word for word in ("yes", "no") if word in answer[:4]), "other")
 
 
-def converted(data: Path, rows: list[Row]) -> dict[str, list[tuple[str, str, str, str]]]:
-    """LLaVA's conversion: by subtask, lines of (file, question, right answer, answer) in the order of the rows."""
+Line = tuple[str, str, str, str]
+"""A line of the official code's input: file, question, right answer, answer."""
+
+
+def converted(data: Path, rows: list[Row]) -> list[tuple[str, Line]]:
+    """LLaVA's conversion: the subtask and the line of each row."""
     right = {
         (subtask, file.name, question): answer
         for subtask in SUBTASKS
@@ -105,8 +109,7 @@ def converted(data: Path, rows: list[Row]) -> dict[str, list[tuple[str, str, str
     }
     if not right:
         raise FileNotFoundError(f"{data} holds no answers of mme\n{TREE}")
-    found: dict[str, list[tuple[str, str, str, str]]] = defaultdict(list)
-    foreign = []
+    found, foreign = [], []
     for row in rows:
         name = str(row["question_id"])
         subtask, file = name.split("/")[0], name.split("/")[-1].split(".")[0] + ".txt"
@@ -117,7 +120,7 @@ def converted(data: Path, rows: list[Row]) -> dict[str, list[tuple[str, str, str
                 question = question.replace(YES_NO, f" {YES_NO}")
         if (subtask, file, question) in right:
             answer = row["text"].replace("\n", "").replace("\t", "").replace("\r", "")
-            found[subtask].append((file, question, right[subtask, file, question], answer))
+            found.append((subtask, (file, question, right[subtask, file, question], answer)))
         else:
             foreign.append(name)
     if foreign:
@@ -128,9 +131,16 @@ def converted(data: Path, rows: list[Row]) -> dict[str, list[tuple[str, str, str
     return found
 
 
+def by_subtask(data: Path, rows: list[Row]) -> dict[str, list[Line]]:
+    found: dict[str, list[Line]] = defaultdict(list)
+    for subtask, line in converted(data, rows):
+        found[subtask].append(line)
+    return found
+
+
 def measured(data: Path, rows: list[Row], only: Collection[str] | None) -> dict[str, tuple[float, float]]:
     """Accuracy and accuracy+ of each subtask, 0 to 1."""
-    found = converted(data, rows)
+    found = by_subtask(data, rows)
     wanted = {s: sum(len(lines(file)) for file in texts(data, s)) for s in SUBTASKS}
     short = {s: (len(found[s]), count) for s, count in wanted.items() if len(found[s]) != count}
     if short and only is None:
@@ -151,6 +161,17 @@ def measured(data: Path, rows: list[Row], only: Collection[str] | None) -> dict[
         if pairs:
             figures[subtask] = (sum(hits) / len(hits), sum(pairs) / len(pairs))
     return figures
+
+
+def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+    """1 for each right answer, by the ids of `load`; two rows of LLaVA's that share one are counted."""
+    count: dict[str, int] = defaultdict(int)
+    hits = {}
+    for row, (_, line) in zip(rows, converted(data, rows)):
+        name = str(row["question_id"])
+        count[name] += 1
+        hits[name if "#" in name else f"{name}#{count[name]}"] = float(parse(line[3]) == line[2].lower())
+    return hits
 
 
 def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
@@ -179,7 +200,7 @@ def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None =
 def submit(data: Path, split: str, rows: list[Row], out: Path) -> Path:
     """The folder of text files that the official code reads."""
     place = out / "mme-results"
-    for subtask, found in converted(data, rows).items():
+    for subtask, found in by_subtask(data, rows).items():
         with whole(place / f"{subtask}.txt") as part:
             part.write_text("".join("\t".join(line) + "\n" for line in found), encoding="utf-8")
     return place

@@ -82,8 +82,8 @@ def measures(answers: list[str], labels: list[str]) -> dict[str, Any]:
     return dict(zip(MEASURES, figures))
 
 
-def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
-    """Each category's figures and their means; the mean F1 is what LLaVA reports."""
+def paired(data: Path, rows: list[Row], only: Collection[str] | None = None) -> dict[str, list[tuple[str, str, str]]]:
+    """By category, each answer with its label: (id, text, label). ValueError where that cannot be told."""
     files = label_files(data)
     if not files:
         raise FileNotFoundError(f"{data} holds no labels of pope\n{TREE}")
@@ -95,7 +95,7 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
             f"pope: {len(foreign)} of {len(rows)} answers are to no question here (as {foreign[0]}); the official code stops "
             "at the first; are they of the other version of the files?"
         )
-    scores: dict[str, Any] = {}
+    pairs = {}
     for category, file in sorted(files.items()):
         wanted = [name for name, _, _, c in questions if c == category]
         labels = [row["label"] for row in read_jsonl(file)]
@@ -107,14 +107,12 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
         if only is not None:
             labels = [label for name, label in zip(wanted, labels) if name in only]
             wanted = [name for name in wanted if name in only]
-            if not wanted:
-                continue
         given = [row for row in rows if category_of[str(row["question_id"])] == category]
-        check(category, [str(row["question_id"]) for row in given], wanted)
-        scores[category] = measures([row["text"] for row in given], labels)
-    return scores | {
-        f"mean_{name}": sum(part[name] for part in scores.values()) / len(scores) for name in ("f1", "accuracy")
-    }
+        names = [str(row["question_id"]) for row in given]
+        check(category, names, wanted)
+        if names:
+            pairs[category] = [(name, row["text"], label) for name, row, label in zip(names, given, labels)]
+    return pairs
 
 
 def check(category: str, given: list[str], wanted: list[str]) -> None:
@@ -130,3 +128,16 @@ def check(category: str, given: list[str], wanted: list[str]) -> None:
             f"pope: the answers of {category} stand in another order than its labels, and the official code pairs them by "
             "their place; sort them as the questions to get the model's score"
         )
+
+
+def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
+    """Each category's figures and their means; the mean F1 is what LLaVA reports."""
+    pairs = paired(data, rows, only)
+    scores = {c: measures([text for _, text, _ in part], [label for _, _, label in part]) for c, part in pairs.items()}
+    means = {f"mean_{name}": sum(part[name] for part in scores.values()) / len(scores) for name in ("f1", "accuracy")}
+    return {**scores, **means}
+
+
+def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+    pairs = [pair for part in paired(data, rows).values() for pair in part]
+    return {name: float(says_no(text) == (label == "no")) for name, text, label in pairs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,24 @@ def normalise(answer: str) -> str:
     return answer.strip().rstrip(".").strip().lower()
 
 
-def score(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    """Accuracy, 0 to 1: of all questions and of each type. A question without an answer is wrong."""
-    asked = turns(data, split)
-    found = match(rows, (name for name, _, _ in asked))
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    """1 for each right answer, 0 for a wrong or missing one."""
+    asked = {
+        name: record["conversations"][2 * i + 1]["value"]
+        for name, record, i in turns(data, split)
+        if only is None or name in only
+    }
+    found = match(rows, asked)
     if found.amiss():
         note(f"scenes {split}: {found.amiss()}; a question without an answer counts as wrong")
-    hits: dict[str, list[bool]] = defaultdict(list)
-    for name, record, i in asked:
-        right = record["conversations"][2 * i + 1]["value"]
-        hit = normalise(found.answers.get(name, "")) == normalise(right)
+    return {name: float(normalise(found.answers.get(name, "")) == normalise(right)) for name, right in asked.items()}
+
+
+def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    """Accuracy, 0 to 1: of all questions and of each type."""
+    kinds = {name: record["types"][i] for name, record, i in turns(data, split)}
+    hits: dict[str, list[float]] = defaultdict(list)
+    for name, hit in per_question(data, split, rows, only).items():
         hits["accuracy"].append(hit)
-        hits[record["types"][i]].append(hit)
+        hits[kinds[name]].append(hit)
     return {name: sum(h) / len(h) for name, h in sorted(hits.items())}

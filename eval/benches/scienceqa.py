@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava import LETTER, find, folder, need
-from questions import Matched, Question, Row, match, note, read_json
+from questions import Question, Row, match, note, read_json
 
 TREE = """\
 DATA/
@@ -81,21 +81,28 @@ def right(text: str, problem: dict[str, Any]) -> bool:
     return given in LETTERS[: len(problem["choices"])] and LETTERS.index(given) == problem["answer"]
 
 
-def judged(data: Path, split: str, rows: list[Row], only: Collection[str] | None) -> tuple[dict[str, dict], Matched]:
+def judged(
+    data: Path, split: str, rows: list[Row], only: Collection[str] | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, bool]]:
+    """The problems, and whether each one's answer is right."""
     asked = {k: p for k, p in problems(data, split).items() if only is None or k in only}
     found = match(rows, asked)
     if found.amiss():
         note(
             f"scienceqa {split}: {found.amiss()}; the official code counts a missing one as wrong and takes the last of several"
         )
-    return asked, found
+    hits = {k: k in found.answers and right(found.answers[k], problem) for k, problem in asked.items()}
+    return asked, hits
+
+
+def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+    return {name: float(hit) for name, hit in judged(data, split, rows, None)[1].items()}
 
 
 def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """Accuracy over all problems, and over the answers whose prompt held a picture, in percent."""
-    asked, found = judged(data, split, rows, only)
+    asked, hits = judged(data, split, rows, only)
     shown = {str(row["question_id"]): seen(row, asked) for row in rows}
-    hits = {name: name in found.answers and right(found.answers[name], problem) for name, problem in asked.items()}
     pictured = [hits[name] for name in asked if shown.get(name)]
     if not pictured:
         note(f"scienceqa {split}: no prompt held a picture; the official code divides by zero, 0 is given")
@@ -118,8 +125,8 @@ def seen(row: Row, asked: dict[str, dict[str, Any]]) -> bool:
 
 def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """The columns of the data set's own table: subjects, what the problem shows, grades; missing answers are wrong."""
-    asked, found = judged(data, split, rows, only)
-    hits: dict[str, list[bool]] = defaultdict(list)
+    asked, hits = judged(data, split, rows, only)
+    columned: dict[str, list[bool]] = defaultdict(list)
     subjects = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
     for name, problem in asked.items():
         grade = int(problem["grade"].removeprefix("grade"))
@@ -127,5 +134,5 @@ def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None =
         columns += ["TXT"] * bool(problem["hint"]) + ["IMG"] * bool(problem["image"])
         columns += [] if problem["hint"] or problem["image"] else ["NO"]
         for column in columns:
-            hits[column].append(name in found.answers and right(found.answers[name], problem))
-    return {column: sum(part) / len(part) * 100 for column, part in sorted(hits.items())}
+            columned[column].append(hits[name])
+    return {column: sum(part) / len(part) * 100 for column, part in sorted(columned.items())}

@@ -109,6 +109,20 @@ def paired(data: Path, split: str, rows: list[Row]) -> list[tuple[Row, dict[str,
     return pairs
 
 
+def accuracy(text: str, record: dict[str, Any]) -> float:
+    """One question's score, 0 to 1."""
+    if len(record["answers"]) != 10:
+        raise ValueError(
+            f"textvqa: question {record['question_id']} has {len(record['answers'])} answers, not 10; "
+            "the official code stops here"
+        )
+    return answers.agreement(answers.m4c(text), [answers.m4c(answer) for answer in record["answers"]])
+
+
+def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+    return {str(record["question_id"]): accuracy(row["text"], record) for row, record in paired(data, split, rows)}
+
+
 def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """The mean over the answers that there are, as the official code takes it."""
     pairs = paired(data, split, rows)
@@ -125,14 +139,7 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
             f"textvqa {split}: {count - distinct} of {count} questions have no answer and {len(pairs) - distinct} answers "
             f"are to a question that has another; the official code takes the mean over the {len(pairs)} answers"
         )
-    hits = []
-    for row, record in pairs:
-        if len(record["answers"]) != 10:
-            raise ValueError(
-                f"textvqa {split}: question {record['question_id']} has {len(record['answers'])} answers, not 10; "
-                "the official code stops here"
-            )
-        hits.append(answers.agreement(answers.m4c(row["text"]), [answers.m4c(a) for a in record["answers"]]))
+    hits = [accuracy(row["text"], record) for row, record in pairs]
     return {"accuracy": 100.0 * (answers.total(hits) / len(hits)), "samples": len(hits)}
 
 

@@ -70,22 +70,27 @@ def accuracy(text: str, given: list[str]) -> float:
     return answers.total([share] * len(given)) / len(given)
 
 
-def summary(data: Path, split: str, given: dict[str, str], names: dict[str, str]) -> dict[str, Any]:
-    """Percentages with two decimals, overall and by answer type; `given`: the answers by id."""
-    records = {record["image"]: record for record in read_json(need(data, TREE, *official(split)))}
-    hits: list[float] = []
-    by_type: dict[str, list[float]] = defaultdict(list)
-    for image, record in records.items():
-        if image not in names:
-            continue
+def judged(data: Path, split: str, given: dict[str, str], names: dict[str, str]) -> dict[str, tuple[float, str]]:
+    """The score and the answer type of each question by id; `given`: the answers by id."""
+    found = {}
+    for record in {record["image"]: record for record in read_json(need(data, TREE, *official(split)))}.values():
         if "answers" not in record:
             raise ValueError(
                 f"the answers of {split} are not public: submit the file for it to EvalAI's challenge 2185, which scores it"
             )
-        people = [answer["answer"] for answer in record["answers"]]
-        hits.append(accuracy(answers.vizwiz(given[names[image]]), people))
-        by_type[record["answer_type"]].append(hits[-1])
-    return {"overall": mean(hits), "perAnswerType": {kind: mean(part) for kind, part in by_type.items()}}
+        if name := names.get(record["image"]):
+            people = [answer["answer"] for answer in record["answers"]]
+            found[name] = accuracy(answers.vizwiz(given[name]), people), record["answer_type"]
+    return found
+
+
+def summary(hits: dict[str, tuple[float, str]]) -> dict[str, Any]:
+    """Percentages with two decimals, overall and by answer type."""
+    by_type: dict[str, list[float]] = defaultdict(list)
+    for hit, kind in hits.values():
+        by_type[kind].append(hit)
+    overall = mean([hit for hit, _ in hits.values()])
+    return {"overall": overall, "perAnswerType": {kind: mean(part) for kind, part in by_type.items()}}
 
 
 def mean(values: list[float]) -> float:
@@ -95,14 +100,19 @@ def mean(values: list[float]) -> float:
 
 def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     found, names = matched(data, split, rows, only)
-    return summary(data, split, found.answers, names)
+    return summary(judged(data, split, found.answers, names))
+
+
+def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+    found, names = matched(data, split, rows)
+    return {name: hit for name, (hit, _) in judged(data, split, found.answers, names).items()}
 
 
 def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """The score of what LLaVA submits."""
     found, names = matched(data, split, rows, only)
     submitted = {name: answers.m4c(text) for name, text in found.answers.items()}
-    return {"llava_submission": summary(data, split, submitted, names)}
+    return {"llava_submission": summary(judged(data, split, submitted, names))}
 
 
 def submit(data: Path, split: str, rows: list[Row], out: Path) -> Path:

@@ -189,6 +189,12 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     return summary(asked, matched(asked, split, rows).answers)
 
 
+def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
+    asked = annotated(data, split)
+    given = matched(asked, split, rows).answers
+    return {annotation.question: accuracy(given[annotation.question], annotation) for annotation in asked}
+
+
 def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
     """The score of what LLaVA submits, and the overall score of the revision of 2016."""
     asked = selected(data, split, only)

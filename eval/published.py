@@ -56,7 +56,13 @@ COLUMNS = {
         further=True,
     ),
     "scienceqa": Column("scienceqa", "SQA-IMG", ("img_accuracy",), "test, questions with a picture, LLaVA's reading"),
-    "pope": Column("pope", "POPE", ("mean_f1",), "mean F1 of the three categories, in per cent", 100),
+    "pope": Column(
+        "pope",
+        "POPE",
+        ("mean_f1",),
+        "mean F1 of the three categories; VisualRWKV's papers do not say what theirs is",
+        100,
+    ),
     "mme": Column("mme", "MME", ("perception",), "perception, 0 to 2,000"),
     "mmbench": Column(
         "mmbench",

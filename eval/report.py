@@ -127,7 +127,7 @@ def draw(table: Table, ours: int, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    widths = [max(len(row[at]) for row in table) + 2 for at in range(len(table[0]))]
+    widths = [1.12 * max(len(row[at]) for row in table) + 2 for at in range(len(table[0]))]
     figure, axes = plt.subplots(figsize=(sum(widths) * 0.085 + 0.4, len(table) * 0.28 + 0.5))
     axes.axis("off")
     drawn = axes.table(
@@ -137,6 +137,7 @@ def draw(table: Table, ours: int, file: Path) -> None:
     drawn.set_fontsize(9)
     drawn.scale(1, 1.35)
     for (row, column), cell in drawn.get_celld().items():
+        cell.PAD = 0.75 / widths[column]  # three quarters of a letter, whatever the column's width
         cell.set_linewidth(0.4)
         cell.set_edgecolor("#bbbbbb")
         if column < 2:

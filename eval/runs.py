@@ -95,13 +95,14 @@ def read_figure(file: Path, result: Mapping[str, Any], name: str, column: Column
     answers = Path(result["predictions"]) if result.get("predictions") else file.parent / f"{stem}-{split}.jsonl"
     try:
         rows = read_jsonl(answers)
-        values = question_values(stem, Path(result["data"]), split, rows, bare.limit)
+        data = Path(result["data"])
+        values = question_values(stem, data, split, rows, bare.limit)
+        pictures = question_pictures(stem, data, split, rows, values)
     except (FileNotFoundError, ValueError, KeyError) as error:
         note(f"{file}: {column.title} stands without an interval ({str(error).partition(chr(10))[0]})")
         return bare
     if not values:
         return bare
-    pictures = {str(row["question_id"]): str(row["image"]) for row in rows if row.get("image")}
     mean = clustered(values, pictures)
     tolerance = 0.51 * 10 ** -min(column.decimals, 1)  # official scores are rounded
     factors = (100.0, float(len(values)))
@@ -125,3 +126,17 @@ def question_values(stem: str, data: Path, split: str, rows: list[Row], limit: i
     if limit and "only" in inspect.signature(code.per_question).parameters:
         some = {"only": {str(row["question_id"]) for row in rows}}
     return code.per_question(data, split, rows, **some)
+
+
+def question_pictures(
+    stem: str, data: Path, split: str, rows: list[Row], values: Mapping[str, float]
+) -> dict[str, str]:
+    """What each question is about: the answers say it where we wrote them, else the questions."""
+    pictures = {str(row["question_id"]): str(row["image"]) for row in rows if row.get("image")}
+    if values.keys() <= pictures.keys():
+        return pictures
+    try:
+        asked = importlib.import_module(f"benches.{stem}").load(data, split)
+    except FileNotFoundError:
+        return pictures
+    return {question.id: str(question.fields["image"]) for question in asked if question.fields.get("image")}

@@ -91,8 +91,8 @@ class Kept:
                 if row := parsed(line):
                     self.rows.setdefault(row["question_id"], row)
 
-    def agree(self, settings: Mapping[str, Any], write: bool) -> None:
-        """Note the settings; ValueError where there are answers under others."""
+    def agree(self, settings: Mapping[str, Any]) -> None:
+        """Note the settings, whichever rank comes first; ValueError where there are answers under others."""
         before = read_json(self.settings) if self.settings.exists() else {}
         if self.rows and before != settings:
             names = [name for name in settings if settings[name] != before.get(name)]
@@ -100,7 +100,7 @@ class Kept:
             raise ValueError(
                 f"{self.file} holds answers under other settings ({told}); give another --out, or delete {self.stem}.* there"
             )
-        if write and before != settings:
+        if before != settings:
             write_json(self.settings, settings)
 
     @contextmanager
@@ -152,7 +152,7 @@ def ask(
 
     out.mkdir(parents=True, exist_ok=True)
     kept = Kept(out, stem)
-    kept.agree(dict(settings) | {"questions": digest(questions)}, write=rank.number == 0)
+    kept.agree(dict(settings) | {"questions": digest(questions)})
     wanted = {question.id for question in (questions[:limit] if limit else questions)}
     mine = [[q for q in batch if q.id in wanted] for batch in batches(questions, size)[rank.number :: rank.count]]
     left = sum(q.id not in kept.rows for batch in mine for q in batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,8 +61,11 @@ def read_jsonl(file: Path) -> list[Row]:
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """`with whole(file) as part:` write to `part`; the file gets its name only once it is complete."""
-    part = file.with_name(f".{file.name}.part")
+    """`with whole(file) as part:` write to `part`; the file gets its name only once it is complete.
+
+    Several processes may write the same file at once: each has a part of its own.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part

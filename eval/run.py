@@ -129,17 +129,18 @@ def judged(bench: Bench, split: str, rows: list[Row], only: Sequence[Question] |
 def score_saved(bench: Bench, options: Options) -> tuple[Any, dict[str, Any], int]:
     """Scores of a file of answers, further figures, and the number of answers."""
     assert options.predictions is not None
-    rows = read_jsonl(options.predictions)
-    for number, row in enumerate(() if getattr(bench.code, "TAKES_REVIEWS", False) else rows, 1):
-        if "question_id" not in row or not isinstance(row.get("text"), str):
-            raise ValueError(f"{options.predictions}, answer {number} has no question_id or no text")
     if len(bench.splits) > 1:
         raise ValueError(
             f"{bench.name} has several splits; say which one the answers are of: {', '.join(bench.splits)}"
         )
+    rows = read_jsonl(options.predictions)
+    reviews = getattr(bench.code, "TAKES_REVIEWS", False) and not any("text" in row for row in rows)
+    for number, row in enumerate(() if reviews else rows, 1):
+        if "question_id" not in row or not isinstance(row.get("text"), str):
+            raise ValueError(f"{options.predictions}, answer {number} has no question_id or no text")
     (split,) = bench.splits
-    if options.out and hasattr(bench.code, "submit"):
-        print(f"{bench.name}: to submit: {bench.code.submit(bench.data, split, rows, options.out)}", file=sys.stderr)
+    if options.out and not reviews:
+        submit(bench, split, rows, options.out)
     score, more = judged(bench, split, rows, None)
     return arranged(bench, {split: score}), arranged(bench, {split: more}), len(rows)
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Base(abc.ABC):
-    """lmms_eval.api.model.lmms as of 0.7: what the evaluator relies on."""
+    """lmms_eval.api.model.lmms of its main branch: what the evaluator relies on."""
 
     is_simple = True
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from choices import LETTERS, listed
 from places import matching
-from questions import Question, Row, match, note, whole
+from questions import Question, Row, fitted, match, whole
 from tables import Cells, accuracies, decode_pictures, read_table, right
 
 ROTATION = 1_000_000
@@ -66,9 +66,8 @@ def hits(file: Path, rows: list[Row], bench: str) -> tuple[list[Cells], list[boo
     table = read_table(file)
     if not any(row.get("answer") for row in table):
         raise ValueError(f"{file} has no answers; the file of `submit` goes to {SERVER}")
-    found = match(rows, (row["index"] for row in table))
-    if found.amiss():
-        note(f"{bench}: {found.amiss()}; the official code reads a missing answer as 'nan' and scores that")
+    otherwise = "the official code takes the last of several, and reads a missing answer as 'nan' and scores that"
+    found = fitted(bench, rows, [row["index"] for row in table], otherwise)
     single = [right(row, found.answers.get(row["index"] or "")) for row in table]
     groups = defaultdict(list)
     for row, hit in zip(table, single):

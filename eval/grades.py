@@ -14,8 +14,10 @@ ATTEMPTS = 5
 
 def read_grade(reply: str | None) -> float | None:
     """The number before a reply's first space, if it is one from 0 to 1. As in the official code, "nan" passes."""
+    if not isinstance(reply, str):
+        return None
     try:
-        grade = float((reply or "").split(" ")[0].strip())
+        grade = float(reply.split(" ")[0].strip())
     except ValueError:
         return None
     return None if grade > 1 or grade < 0 else grade

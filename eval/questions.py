@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +121,19 @@ def match(rows: Iterable[Row], ids: Iterable[Any]) -> Matched:
         list(doubled),
         [name for name in given if name not in wanted],
     )
+
+
+def fitted(bench: str, rows: Sequence[Row], ids: Iterable[Any], otherwise: str) -> Matched:
+    """`match`, and a note of what does not fit and what comes of it. ValueError where no answer fits at all."""
+    found = match(rows, ids)
+    if rows and not found.answers:
+        raise ValueError(
+            f"{bench}: none of the {len(rows)} answers is to one of the {found.count} questions (as {found.foreign[0]}); "
+            "are they of another split?"
+        )
+    if found.amiss():
+        note(f"{bench}: {found.amiss()}; {otherwise}")
+    return found
 
 
 NOTES: list[str] = []

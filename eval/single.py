@@ -8,7 +8,7 @@ from typing import Any
 
 from choices import DIRECTLY, listed
 from places import matching, missing
-from questions import Question, Row, match, note
+from questions import Question, Row, fitted
 from tables import Cells, accuracies, decode_pictures, options_of, read_table, right
 
 
@@ -36,9 +36,8 @@ def hits(
     file: Path, rows: list[Row], bench: str, only: Collection[str] | None = None
 ) -> tuple[list[Cells], list[bool]]:
     asked = [row for row in read_table(file) if only is None or row["index"] in only]
-    found = match(rows, (row["index"] for row in asked))
-    if found.amiss():
-        note(f"{bench}: {found.amiss()}; a missing answer is read as 'nan' and scored as that")
+    otherwise = "of several the last is taken; a missing answer is read as 'nan' and scored as that"
+    found = fitted(bench, rows, [row["index"] for row in asked], otherwise)
     return asked, [right(row, found.answers.get(row["index"] or "")) for row in asked]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from choices import DIRECTLY, LETTERS, infer, listed
 from places import matching, missing, picture
-from questions import Question, Row, match, note, read_jsonl
+from questions import Question, Row, fitted, read_jsonl
 
 TREE = """\
 DATA/                              or DATA/ai2d/
@@ -60,9 +60,8 @@ def opening(answer: str) -> str:
 def answered(data: Path, rows: list[Row], only: Collection[str] | None = None) -> list[tuple[Row, str, str]]:
     """(question, its right letter, its answer)."""
     asked = [row for row in read_jsonl(table(data)) if only is None or str(row["question_id"]) in only]
-    found = match(rows, (row["question_id"] for row in asked))
-    if found.amiss():
-        note(f"ai2d: {found.amiss()}; a question without an answer counts as wrong")
+    otherwise = "of several the last is taken, and a missing answer counts as wrong; lmms-eval asks every question once"
+    found = fitted("ai2d", rows, [row["question_id"] for row in asked], otherwise)
     return [(row, LETTERS[int(row["answer"])], found.answers.get(str(row["question_id"]), "")) for row in asked]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from places import matching, missing, picture
-from questions import Question, Row, match, note, read_json
+from questions import Question, Row, fitted, match, read_json
 
 TREE = """\
 DATA/                              or DATA/chartqa/, or the published "ChartQA Dataset"/test/
@@ -73,9 +73,8 @@ def fits(answer: str, label: str) -> bool:
 
 def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
     asked = entries(data, only)
-    found = match(rows, asked)
-    if found.amiss():
-        note(f"chartqa: {found.amiss()}; a question without an answer counts as wrong")
+    otherwise = "of several the last is taken, and a missing answer counts as wrong"
+    found = fitted("chartqa", rows, asked, otherwise)
     return {
         name: float(name in found.answers and fits(found.answers[name], str(entry["label"])))
         for name, (_, entry) in asked.items()

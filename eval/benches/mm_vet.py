@@ -8,7 +8,7 @@ from typing import Any
 
 from grades import judge, summarise
 from places import matching, missing, picture
-from questions import Question, Row, match, read_json, read_jsonl, whole
+from questions import Question, Row, match, note, read_json, read_jsonl, whole
 
 TREE = """\
 DATA/                              or DATA/mm-vet/
@@ -54,6 +54,8 @@ def answered(data: Path, rows: list[Row]) -> dict[str, str]:
     found = match([row | {"question_id": official(row["question_id"])} for row in rows], (q.id for q in load(data, "")))
     if found.missing:
         raise ValueError(f"mm-vet: {found.amiss()}; the official evaluator stops there with a KeyError")
+    if found.amiss():
+        note(f"mm-vet: {found.amiss()}; the official conversion takes the last of several, and others are not graded")
     return found.answers
 
 

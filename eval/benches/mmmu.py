@@ -97,7 +97,10 @@ def hits(data: Path, split: str, rows: list[Row], only: Collection[str] | None =
     if found.foreign:
         raise ValueError(f"mmmu {split}: {found.amiss()}; the official evaluator stops there with a KeyError")
     if found.amiss():
-        note(f"mmmu {split}: {found.amiss()}; the official evaluator averages over the answers that are there")
+        note(
+            f"mmmu {split}: {found.amiss()}; the official evaluator takes the last of several, and averages over the "
+            "answers that are there"
+        )
     lot = random.Random(SEED)
     right = {}
     for row in asked:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from places import matching, missing, picture
-from questions import Question, Row, match, note, read_json
+from questions import Question, Row, fitted, read_json
 
 TREE = """\
 DATA/                              or DATA/ocrbench/ or DATA/OCRBench/
@@ -72,9 +72,8 @@ def holds(text: str, answers: str | Sequence[str], source: str) -> bool:
 def hits(data: Path, rows: list[Row], only: Collection[str] | None = None) -> dict[str, tuple[dict[str, Any], bool]]:
     every = {str(at): entry for at, entry in enumerate(read_json(table(data)))}
     asked = {name: entry for name, entry in every.items() if only is None or name in only}
-    found = match(rows, asked)
-    if found.amiss():
-        note(f"ocrbench: {found.amiss()}; the official script leaves questions without an answer out of its sums")
+    otherwise = "of several the last is taken; the official script leaves questions without an answer out of its sums"
+    found = fitted("ocrbench", rows, asked, otherwise)
     return {
         name: (entry, name in found.answers and holds(found.answers[name], entry["answers"], entry["dataset_name"]))
         for name, entry in asked.items()

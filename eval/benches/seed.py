@@ -10,7 +10,7 @@ from typing import Any
 
 from choices import DIRECTLY, listed
 from places import matching, missing, picture
-from questions import Question, Row, match, note, read_json, read_jsonl, whole
+from questions import Question, Row, fitted, read_json, read_jsonl, whole
 
 TREE = """\
 DATA/                              or DATA/seed_bench/
@@ -58,9 +58,8 @@ def hits(
     """The annotations, and each question with its answer."""
     given = read_json(table(data))
     asked = [entry for entry in given["questions"] if only is None or str(entry["question_id"]) in only]
-    found = match(rows, (entry["question_id"] for entry in asked))
-    if found.amiss():
-        note(f"seed: {found.amiss()}; LLaVA's script counts a question without an answer as wrong and cannot submit it")
+    otherwise = "LLaVA's script takes the last of several, and counts a missing answer as wrong but cannot submit it"
+    found = fitted("seed", rows, [entry["question_id"] for entry in asked], otherwise)
     return given, [(entry, found.answers.get(str(entry["question_id"]))) for entry in asked]
 
 

@@ -73,3 +73,16 @@ def test_submission_is_in_the_order_of_the_annotations(tmp_path):
     assert lines == [{"question_id": n, "prediction": p} for n, p in zip(("1", "2", "3", "v4"), ("A", "B", " C", ""))]
     with pytest.raises(ValueError, match=r"1 of 4 questions .* v4"):
         seed.submit(data, "all", answers("A", "B", "C"), tmp_path)
+
+
+def test_what_does_not_fit_is_told_and_another_splits_answers_are_refused(tmp_path, capsys):
+    data = write(tmp_path, ENTRIES)
+    rows = [*answers("A", "B", "C"), {"question_id": 1, "text": "B"}, {"question_id": 99, "text": "A"}]
+    assert seed.score(data, "all", rows)["Total accuracy"] == 50.0
+    said = capsys.readouterr().err
+    assert (
+        "1 of 4 questions have no answer (as v4), 1 ids have several answers (as 1), 1 answers are to no question"
+        in said
+    )
+    with pytest.raises(ValueError, match="none of the 1 answers"):
+        seed.score(data, "all", rows[-1:])

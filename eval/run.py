@@ -129,14 +129,14 @@ def judged(bench: Bench, split: str, rows: list[Row], only: Sequence[Question] |
 def score_saved(bench: Bench, options: Options) -> tuple[Any, dict[str, Any], int]:
     """Scores of a file of answers, further figures, and the number of answers."""
     assert options.predictions is not None
-    rows = read_jsonl(options.predictions)
-    for number, row in enumerate(rows, 1):
-        if "question_id" not in row or not isinstance(row.get("text"), str):
-            raise ValueError(f"{options.predictions}, answer {number} has no question_id or no text")
     if len(bench.splits) > 1:
         raise ValueError(
             f"{bench.name} has several splits; say which one the answers are of: {', '.join(bench.splits)}"
         )
+    rows = read_jsonl(options.predictions)
+    for number, row in enumerate(rows, 1):
+        if "question_id" not in row or not isinstance(row.get("text"), str):
+            raise ValueError(f"{options.predictions}, answer {number} has no question_id or no text")
     (split,) = bench.splits
     if options.out and hasattr(bench.code, "submit"):
         print(f"{bench.name}: to submit: {bench.code.submit(bench.data, split, rows, options.out)}", file=sys.stderr)
@@ -229,7 +229,7 @@ def say(scores: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    options = parse(Options)
+    options = parse(Options, [a for a in sys.argv[1:] if not a.startswith("--local_rank")])  # deepspeed adds that
     if options.limit < 0 or options.batch_size < 1:
         raise ValueError(f"limit is {options.limit} and batch_size {options.batch_size}; they must be at least 0 and 1")
     try:

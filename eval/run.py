@@ -230,7 +230,7 @@ def say(scores: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    options = parse(Options)
+    options = parse(Options, [a for a in sys.argv[1:] if not a.startswith("--local_rank")])  # deepspeed adds that
     if options.limit < 0 or options.batch_size < 1:
         raise ValueError(f"limit is {options.limit} and batch_size {options.batch_size}; they must be at least 0 and 1")
     try:

@@ -1,43 +1,151 @@
-"""`python eval/run.py --bench scenes --data DIR`: ask a model a bench's questions and score the answers.
+"""`python eval/run.py --bench NAME[,NAME] --data DIR`: ask a model a bench's questions, or take saved answers, and score them.
 
-The last line on stdout is one JSON object, bench → scores. Answers are appended to OUT/<bench>-<split>[-blind].jsonl as they
-come, so the same command after a crash asks only what is left; OUT/result.json says under which settings.
+The last line on stdout is one JSON object, bench → scores. Answers are appended in OUT as they come, so the same command after a
+crash asks only what is left; OUT/result.json says what came out under which settings.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # a checkout needs no installation
 
-from questions import Question  # noqa: E402
+from asking import Rank, ask  # noqa: E402
+from questions import NOTES, Question, Row, note, read_jsonl  # noqa: E402
+from result import BY_BENCH, surroundings, write_result  # noqa: E402
 
 from visualrwkv.commandline import parse, run  # noqa: E402
 from visualrwkv.config import ImagePosition, choose  # noqa: E402
 
 BENCHES = tuple(sorted(p.stem for p in (Path(__file__).parent / "benches").glob("*.py")))
+MAX_NEW_TOKENS = 128
+"""For an answer, where a bench does not say otherwise."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Ask a model a bench's questions and score the answers."""
+    """Ask a model a bench's questions, or take saved answers, and score them."""
 
     bench: str  # one or several, separated by commas
-    data: Path  # the bench's files
+    data: Path | None = None  # the bench's files, or folders of several benches' names; left out, they are named
     model: str | None = None  # default: the newest model under runs/
-    out: Path | None = None  # default: eval/ in the model's directory
-    split: str | None = None  # one of the bench's splits; default: all
+    predictions: Path | None = None  # score these answers (JSONL with question_id and text) and load no model
+    out: Path | None = None  # default: eval-<hash of the model>/ in its directory; none with --predictions
+    split: str | None = None  # one of the bench's splits; default: what its files are for
     limit: int = 0  # the first so many questions of each split; 0: all
     blind: bool = False  # also ask without the picture
     image_position: ImagePosition | None = None  # default: the model's
     batch_size: int = 64
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None  # default: the bench's
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A bench, its files, and which of its splits are asked."""
+
+    name: str  # as it was asked for
+    code: ModuleType
+    data: Path
+    splits: tuple[str, ...]
+
+    @property
+    def stem(self) -> str:
+        return self.name.replace("-", "_")
+
+
+def planned(options: Options) -> list[Bench]:
+    """The benches that are asked for; FileNotFoundError with the trees of their files where these are missing."""
+    names = options.bench.split(",")
+    for name in names:
+        choose("bench", name.replace("-", "_"), BENCHES)
+    codes = {name: importlib.import_module(f"benches.{name.replace('-', '_')}") for name in names}
+    if options.data is None:
+        trees = "\n".join(code.TREE for code in codes.values())
+        raise FileNotFoundError(
+            f"--data is missing: {options.bench} needs a directory with the official files\n{trees}"
+        )
+    benches = []
+    for name, code in codes.items():
+        place = placed(code, name, options.data)
+        found = code.splits(place)
+        if options.split:
+            choose("split", options.split, tuple(found))
+            taken = [options.split]
+        elif getattr(code, "EVERY_SPLIT", False):
+            taken = found
+        else:
+            taken = found[:1]
+            if len(found) > 1 and Rank.here().number == 0:
+                note(f"{name}: split {found[0]} is taken; there are also the files of {', '.join(found[1:])} (--split)")
+        benches.append(Bench(name, code, place, tuple(taken)))
+    return benches
+
+
+def placed(code: ModuleType, name: str, data: Path) -> Path:
+    """DATA, or the folder of it that has the bench's name, as where several benches lie side by side."""
+    for place in (data / name, data / name.replace("-", "_")):
+        try:
+            if place.is_dir() and code.splits(place):
+                return place
+        except FileNotFoundError:
+            continue
+    return data
+
+
+def arranged(bench: Bench, by_split: dict[str, Any]) -> Any:
+    """The scores of one split stand for themselves, but where a bench is about its splits."""
+    return by_split if getattr(bench.code, "EVERY_SPLIT", False) else next(iter(by_split.values()))
+
+
+# Scores --------------------------------------------------------------------------------------------------------------
+
+
+def judged(bench: Bench, split: str, rows: list[Row], only: Sequence[Question] | None) -> tuple[Any, dict[str, Any]]:
+    """The score as the official code has it, and further figures; `only`: of these questions alone."""
+    some: dict[str, Any] = {}
+    if only is not None:
+        if "only" not in inspect.signature(bench.code.score).parameters:
+            note(f"{bench.name}: its score is of a whole split, so there is none with --limit")
+            return None, {}
+        some = {"only": {question.id for question in only}}
+    if empty := sum(not row.get("text", "a review").strip() for row in rows):
+        note(f"{bench.name} {split}: {empty} of {len(rows)} answers are empty, and scored as they are")
+    score = bench.code.score(bench.data, split, rows, **some)
+    more = bench.code.more(bench.data, split, rows, **some) if hasattr(bench.code, "more") else {}
+    return score, more
+
+
+def score_saved(bench: Bench, options: Options) -> tuple[Any, dict[str, Any], int]:
+    """Scores of a file of answers, further figures, and the number of answers."""
+    assert options.predictions is not None
+    if len(bench.splits) > 1:
+        raise ValueError(
+            f"{bench.name} has several splits; say which one the answers are of: {', '.join(bench.splits)}"
+        )
+    rows = read_jsonl(options.predictions)
+    reviews = getattr(bench.code, "TAKES_REVIEWS", False) and not any("text" in row for row in rows)
+    for number, row in enumerate(() if reviews else rows, 1):
+        if "question_id" not in row or not isinstance(row.get("text"), str):
+            raise ValueError(f"{options.predictions}, answer {number} has no question_id or no text")
+    (split,) = bench.splits
+    if options.out and not reviews:
+        submit(bench, split, rows, options.out)
+    score, more = judged(bench, split, rows, None)
+    return arranged(bench, {split: score}), arranged(bench, {split: more}), len(rows)
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
 
 
 def newest_model() -> str:
@@ -55,91 +163,146 @@ def newest_model() -> str:
     return str(found[-1].parent)
 
 
-def read_answers(file: Path) -> dict[str, str]:
-    """The answers that an earlier run left; a last line that a crash cut is taken out of the file."""
-    whole = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            whole.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    part = file.with_name(f".{file.name}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in whole), encoding="utf-8")
-    part.replace(file)
-    return {row["question_id"]: row["text"] for row in whole}
-
-
-def ask(vlm: Any, questions: list[Question], file: Path, options: Options, blind: bool) -> dict[str, str]:
-    """All answers, the missing ones asked in batches of like length and appended to `file`."""
-    from visualrwkv.training.progress import Bar
-
-    answers = read_answers(file)
-    left = [q for q in questions if q.id not in answers]
-    with Bar(file.stem, len(questions), len(answers)) as bar, open(file, "a", encoding="utf-8") as out:
-        for start in range(0, len(left), options.batch_size):
-            batch = left[start : start + options.batch_size]
-            asked = [(None if blind else q.picture, q.text) for q in batch]
-            texts = vlm.answer_batch(asked, options.image_position, options.max_new_tokens)
-            for question, text in zip(batch, texts):
-                answers[question.id] = text
-                row = {"question_id": question.id, "prompt": question.text, "text": text, "answer": question.answer}
-                out.write(json.dumps(row | {"image": str(question.picture)}, ensure_ascii=False) + "\n")
-            out.flush()
-            bar.advance(len(batch))
-    return answers
-
-
-def evaluate(vlm: Any, name: str, options: Options, out: Path) -> dict[str, Any]:
-    """One bench: scores of each split, and under "blind" the same without the picture."""
-    bench = importlib.import_module(f"benches.{name}")
-    if options.split:
-        choose("split", options.split, bench.SPLITS)
+def evaluate(
+    bench: Bench, vlm: Any, settings: dict[str, Any], options: Options, out: Path
+) -> tuple[Any, dict[str, Any], int]:
+    """Scores, and under "blind" those without the picture; further figures; the number of questions."""
     scores: dict[str, Any] = {}
-    for blind in (False, True) if options.blind else (False,):
-        part = scores.setdefault("blind", {}) if blind else scores
-        for split in [options.split] if options.split else bench.SPLITS:
-            questions = bench.load(options.data, split)
-            questions = questions[: options.limit] if options.limit else questions
-            file = out / f"{name}-{split}{'-blind' if blind else ''}.jsonl"
-            answers = ask(vlm, questions, file, options, blind)
-            part[split] = bench.score(questions, answers)
-    return scores
+    further: dict[str, Any] = {}
+    count = 0
+    new_tokens = options.max_new_tokens or getattr(bench.code, "MAX_NEW_TOKENS", MAX_NEW_TOKENS)
+    for split in bench.splits:
+        questions = bench.code.load(bench.data, split)
+        asked = questions[: options.limit] if options.limit else questions
+        count += len(asked)
+        for blind in (False, True) if options.blind else (False,):
+
+            def answer(batch: list[Question], blind: bool = blind) -> list[str]:
+                pairs = [(() if blind else question.pictures, question.text) for question in batch]
+                return vlm.answer_batch(pairs, options.image_position, new_tokens)
+
+            stem = f"{bench.stem}-{split}{'-blind' if blind else ''}"
+            under = settings | bench_settings(bench, split) | {"max_new_tokens": new_tokens, "blind": blind}
+            rows = ask(questions, options.limit, answer, options.batch_size, out, stem, under, Rank.here())
+            if Rank.here().number:
+                continue
+            if not blind and not options.limit:
+                submit(bench, split, rows, out)
+            try:
+                score, more = judged(bench, split, rows, asked if options.limit else None)
+            except (ValueError, FileNotFoundError) as error:  # the answers are there, whatever became of the score
+                note(str(error).partition("\n")[0])
+                score, more = None, {}
+            (scores.setdefault("blind", {}) if blind else scores)[split] = score
+            if more and not blind:
+                further[split] = more
+    if Rank.here().number:
+        return None, {}, count
+    without = scores.pop("blind", None)
+    seen = arranged(bench, scores)
+    if without is not None:
+        seen = (seen or {}) | {"blind": arranged(bench, without)}
+    return seen, arranged(bench, further) if further else {}, count
+
+
+def bench_settings(bench: Bench, split: str) -> dict[str, Any]:
+    """What a bench says of its prompts, such as whether they hold OCR tokens."""
+    return bench.code.settings(bench.data, split) if hasattr(bench.code, "settings") else {}
+
+
+def submit(bench: Bench, split: str, rows: list[Row], out: Path) -> None:
+    """Write the official submission file, where there is one."""
+    if not hasattr(bench.code, "submit"):
+        return
+    try:
+        print(f"{bench.name}: to submit: {bench.code.submit(bench.data, split, rows, out)}", file=sys.stderr)
+    except ValueError as error:
+        note(str(error))
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def say(scores: dict[str, Any], more: dict[str, Any]) -> None:
+    if any(more.values()):
+        print("further figures:", json.dumps({name: figures for name, figures in more.items() if figures}))
+    print(json.dumps(scores))
 
 
 def main() -> None:
-    options = parse(Options)
-    names = options.bench.split(",")
-    for name in names:
-        choose("bench", name.replace("-", "_"), BENCHES)
+    options = parse(Options, [a for a in sys.argv[1:] if not a.startswith("--local_rank")])  # deepspeed adds that
+    if options.limit < 0 or options.batch_size < 1:
+        raise ValueError(f"limit is {options.limit} and batch_size {options.batch_size}; they must be at least 0 and 1")
+    try:
+        benches = planned(options)
+        (saved if options.predictions else fresh)(options, benches)
+    except FileNotFoundError as error:
+        sentence, _, tree = str(error).partition("\n")
+        if not tree:
+            raise
+        print(tree, file=sys.stderr)
+        raise FileNotFoundError(sentence) from None
 
+
+def saved(options: Options, benches: list[Bench]) -> None:
+    """Score saved answers."""
+    began = time.monotonic()
+    if len(benches) > 1:
+        raise ValueError(f"--predictions holds the answers to one bench, and {len(benches)} are asked for")
+    if options.limit or options.blind:
+        raise ValueError("--limit and --blind are for asking a model; saved answers are scored as they are")
+    (bench,) = benches
+    score, more, count = score_saved(bench, options)
+    if options.out:
+        named = {"predictions": str(options.predictions), "data": str(options.data), "limit": 0}
+        figures = {"scores": score, "more": more, "questions": count, "seconds": time.monotonic() - began}
+        by_bench = {name: {bench.name: figure} for name, figure in figures.items()}
+        settings = {bench.name: bench_settings(bench, bench.splits[0]) | {"splits": bench.splits}}
+        write_result(options.out, by_bench | {"settings": settings} | named | surroundings() | {"notes": NOTES})
+    say({bench.name: score}, {bench.name: more})
+
+
+def fresh(options: Options, benches: list[Bench]) -> None:
+    """Ask a model, then score."""
     import torch
 
     from visualrwkv.chat import load
-    from visualrwkv.checkpoint import model_hash
+    from visualrwkv.files import model_hash
 
-    began = time.monotonic()
-    model = options.model or newest_model()
-    vlm = load(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    mark = model_hash(model)
+    model, rank = options.model or newest_model(), Rank.here()
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    vlm = load(model, device=device, dtype=options.dtype)
+    config, mark = vlm.model.config, model_hash(model)
     out = options.out or (Path(model) if Path(model).is_dir() else Path("runs")) / f"eval-{mark}"
-    out.mkdir(parents=True, exist_ok=True)
-    scores = {name: evaluate(vlm, name.replace("-", "_"), options, out) for name in names}
-    result = {
-        "scores": scores,
-        "model": model,
+    settings = {
         "model_hash": mark,
-        "data": str(options.data),
-        "image_position": options.image_position or vlm.model.config.image_position,
-        "scan": vlm.model.config.scan,
-        "image_tokens": vlm.model.config.image_tokens,
-        "limit": options.limit,
-        "torch": torch.__version__,
-        "seconds": time.monotonic() - began,
+        "image_position": options.image_position or config.image_position,
+        "template": config.template,
+        "scan": config.scan,
+        "image_tokens": config.image_tokens,
+        "dtype": options.dtype,
     }
-    part = out / ".result.part"
-    part.write_text(json.dumps(result, indent=2) + "\n")
-    part.replace(out / "result.json")
-    print(json.dumps(scores))
+    by_bench: dict[str, dict[str, Any]] = {name: {} for name in BY_BENCH}
+    for bench in benches:
+        began = time.monotonic()
+        score, more, count = evaluate(bench, vlm, settings, options, out)
+        told = [bench_settings(bench, split) for split in bench.splits]
+        figures = {
+            "scores": score,
+            "more": more,
+            "questions": count,
+            "settings": {key: value for part in told for key, value in part.items()} | {"splits": bench.splits},
+            "seconds": time.monotonic() - began,
+        }
+        for name, figure in figures.items():
+            by_bench[name][bench.name] = figure
+        if rank.number == 0:
+            named = {"model": model, "data": str(options.data), "limit": options.limit, "device": device}
+            write_result(out, by_bench | settings | named | surroundings() | {"ranks": rank.count, "notes": NOTES})
+    if rank.number == 0:
+        say(by_bench["scores"], by_bench["more"])
 
 
 if __name__ == "__main__":

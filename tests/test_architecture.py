@@ -15,7 +15,7 @@ FLOORS = (
     ("visualrwkv.model", "visualrwkv.formats"),
     ("visualrwkv.checkpoint", "visualrwkv.generate"),
     ("visualrwkv.chat",),
-    ("visualrwkv.training", "visualrwkv.serve", "visualrwkv.hf"),
+    ("visualrwkv.training", "visualrwkv.serve", "visualrwkv.hf", "visualrwkv.lmms"),
     ("visualrwkv.cli", "eval", "demo", "benchmarks"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -8,6 +8,7 @@ import torch
 from visualrwkv.chat import VLM, load
 from visualrwkv.checkpoint import save_model
 from visualrwkv.generate import generate, prefill, stream
+from visualrwkv.model import IMAGE_PLACEHOLDER
 from visualrwkv.text.prompt import encode_conversation
 from visualrwkv.text.tokenizer import decode, encode
 
@@ -81,6 +82,30 @@ def test_answer_stream_and_batch_agree(vlm, picture):
     prompt = asked("What is this?", 1)
     ids = generate(vlm.model, *prefill(vlm.model, [prompt], pixels_of(vlm, picture(0))), 8)[0]
     assert single[0] == decode(ids).strip()
+
+
+@pytest.mark.parametrize("position", ["first", "middle", "last"])
+def test_questions_about_one_picture_share_it(vlm, picture, position, monkeypatch):
+    texts = ["What is this?", "What is that, and why?", "Whose?", "What is this?"]
+    alone = [vlm.answer(picture(), text, position, **SETTINGS) for text in texts]
+    opened, read = [], []
+    process, hidden = vlm.processor, vlm.model.hidden
+    monkeypatch.setattr(vlm, "processor", lambda p: opened.append(p) or process(p))
+    monkeypatch.setattr(vlm.model, "hidden", lambda ids, *rest, **more: read.append(ids) or hidden(ids, *rest, **more))
+    assert vlm.ask_many(picture(), texts, position, **SETTINGS) == alone
+    assert len(opened) == 1
+    seats = sum(int((ids == IMAGE_PLACEHOLDER).sum()) for ids in read)
+    assert seats == 16 * (1 if position == "first" else len(texts))
+    assert vlm.ask_many(picture(), []) == []
+
+
+def test_sharing_among_other_questions_changes_no_answer(vlm, picture, tmp_path):
+    a, b = tmp_path / "a.png", picture(2)
+    picture(1).save(a)
+    asked = [(a, "What?"), (None, "Hello"), ([a, b], "Which?"), (str(a), "Why?"), (b, "What?"), ([a, b], "Whose?")]
+    alone = [vlm.answer(image, text, "first", **SETTINGS) for image, text in asked]
+    assert vlm.answer_batch(asked, "first", **SETTINGS) == alone
+    assert len(set(alone)) == len(asked)
 
 
 def test_sampling_reaches_the_answer(vlm, picture):

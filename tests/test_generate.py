@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visualrwkv.generate import Sampling, choose_token, generate, prefill, step, stream
+from visualrwkv.generate import (
+    Sampling,
+    choose_token,
+    common_start,
+    generate,
+    prefill,
+    prefill_shared,
+    step,
+    stream,
+)
+from visualrwkv.model import Encoded
 from visualrwkv.rwkv.state import State
 from visualrwkv.text.prompt import encode_conversation
 from visualrwkv.text.tokenizer import encode
@@ -70,6 +80,30 @@ def test_a_ragged_batch_answers_as_each_alone(model, prompts, pixels, sampling):
     alone = [generate(model, *prefill(model, [p], i), 12, sampling)[0] for p, i in zip(prompts, parts)]
     assert together == alone
     assert len({tuple(answer) for answer in alone}) == 4
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("scan", ["uni", "multi"])
+def test_what_prompts_share_is_read_once_to_the_same_end(tiny_model, pixels, version, scan):
+    """State and logits are those of reading each prompt whole, whatever order the blocks read the picture in."""
+    model = tiny_model(scan=scan, version=version)
+    texts, pictures = ["What?", "Hello", "Which, a or b?", "What?"], [[1], [], [1], [0]]
+    asked = [("<image>\n" * len(seen) + text, seen) for text, seen in zip(texts, pictures)]
+    turns = [[{"from": "human", "value": value}, {"from": "gpt", "value": ""}] for value, _ in asked]
+    prompts = [encode_conversation(t, image_position="first", image_tokens=16)[0] for t in turns]
+    with torch.inference_mode():
+        features = model.encode(pixels(2))
+    logits, state = prefill_shared(model, prompts, pictures, Encoded(features))
+    whole, end = prefill(model, prompts, Encoded(features[[1, 1, 0]]))
+    torch.testing.assert_close(logits, whole, rtol=0, atol=2e-5)
+    for mine, theirs in zip(vars(state).values(), vars(end).values()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_a_common_start_leaves_each_prompt_a_token():
+    assert common_start([[1, 2, 3], [1, 2, 4, 5]]) == [1, 2]
+    assert common_start([[1, 2, 3], [1, 2, 3]]) == [1, 2]
+    assert common_start([[1], [1, 2]]) == common_start([[1, 2], [2, 2]]) == []
 
 
 def test_greedy_is_the_argmax_of_the_parallel_forward(model, prompts, pixels):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from visualrwkv.checkpoint import load_model
 from visualrwkv.config import ImagePosition
-from visualrwkv.generate import Sampling, generate, prefill, step, stream
-from visualrwkv.model import VisualRWKV
+from visualrwkv.generate import Sampling, generate, prefill, prefill_shared, step, stream
+from visualrwkv.model import Encoded, VisualRWKV
 from visualrwkv.rwkv.state import State
 from visualrwkv.text.prompt import IMAGE_TAG, encode_conversation
 from visualrwkv.text.tokenizer import END, END_OF_TURN, StreamDecoder, decode
@@ -39,6 +39,11 @@ def as_list(pictures: Pictures) -> list[Picture]:
     if pictures is None:
         return []
     return [pictures] if isinstance(pictures, (str, Path, bytes, Image.Image)) else list(pictures)
+
+
+def name_of(picture: Picture) -> Hashable:
+    """What two mentions of the same picture share: its path, its bytes, or that it is the same object."""
+    return id(picture) if isinstance(picture, Image.Image) else picture if isinstance(picture, bytes) else str(picture)
 
 
 class VLM:
@@ -103,12 +108,36 @@ class VLM:
         max_new_tokens: int = 256,
         **sampling: float,
     ) -> list[str]:
-        """Answers to several (pictures, text), read side by side; each is the same as when asked alone."""
+        """Answers to several (pictures, text), read side by side; each is the same as when asked alone.
+
+        A picture that several ask about is opened and encoded once, and read once where the prompts begin with it.
+        """
+        if not questions:
+            return []
         pictures = [as_list(image) for image, _ in questions]
         prompts = [self.prompt(len(p), text, image_position) for p, (_, text) in zip(pictures, questions)]
-        logits, state = prefill(self.model, prompts, self.pixels([p for ps in pictures for p in ps]))
+        places: dict[Hashable, int] = {}
+        numbers = [[places.setdefault(name_of(p), len(places)) for p in asked] for asked in pictures]
+        distinct = dict(zip((n for ns in numbers for n in ns), (p for ps in pictures for p in ps)))
+        pixels = self.pixels([distinct[n] for n in range(len(places))])
+        with torch.inference_mode():
+            if pixels is None:
+                logits, state = prefill(self.model, prompts)
+            else:
+                logits, state = prefill_shared(self.model, prompts, numbers, Encoded(self.model.encode(pixels)))
         answers = generate(self.model, logits, state, max_new_tokens, make_sampling(sampling))
         return [decode(ids).strip() for ids in answers]
+
+    def ask_many(
+        self,
+        image: Pictures,
+        questions: Sequence[str],
+        image_position: ImagePosition | None = None,
+        max_new_tokens: int = 256,
+        **sampling: float,
+    ) -> list[str]:
+        """Answers to several questions about the same pictures, which are read once; as `answer_batch`."""
+        return self.answer_batch([(image, text) for text in questions], image_position, max_new_tokens, **sampling)
 
     def session(self, image: Pictures = None) -> Session:
         """A new conversation, with pictures to be shown with its first question."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from visualrwkv.model import VisualRWKV
+from visualrwkv.model import IMAGE_PLACEHOLDER, Encoded, Images, VisualRWKV
 from visualrwkv.rwkv.state import State
 from visualrwkv.text.tokenizer import END, END_OF_TURN, decode_bytes
 
@@ -48,12 +49,12 @@ def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator 
 def prefill(
     model: VisualRWKV,
     prompts: Sequence[Sequence[int]],
-    images: Tensor | Sequence[Tensor] | None = None,
+    images: Images | None = None,
     state: State | None = None,
 ) -> tuple[Tensor, State]:
     """Read prompts of any lengths side by side, without padding -> next-token logits (S, V), State of S rows.
 
-    images: the pixels of all pictures in the order in which the prompts hold their placeholders.
+    images: all pictures, as pixels or encoded, in the order in which the prompts hold their placeholders.
     """
     lengths = torch.tensor([len(p) for p in prompts])
     if len(lengths) == 0 or int(lengths.min()) == 0:
@@ -62,6 +63,52 @@ def prefill(
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     hidden, state = model.hidden(ids, images, state, bounds)
     return model.rwkv.head(hidden[0, bounds[1:].to(hidden.device) - 1]), state
+
+
+def common_start(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What all begin with; it leaves each at least one token of its own."""
+    shortest = min(prompts, key=len)
+    same = (len({prompt[i] for prompt in prompts}) == 1 for i in range(len(shortest) - 1))
+    return list(shortest[: sum(takewhile(bool, same))])
+
+
+@torch.inference_mode()
+def prefill_shared(
+    model: VisualRWKV, prompts: Sequence[Sequence[int]], pictures: Sequence[Sequence[int]], encoded: Encoded
+) -> tuple[Tensor, State]:
+    """`prefill` that reads once what prompts about the same pictures begin with, where all these pictures lie in it.
+
+    pictures: for each prompt, which of the encoded pictures its placeholders stand for, in order.
+    """
+
+    def pick(rows: Sequence[int]) -> Encoded:
+        return Encoded(encoded.features[[number for row in rows for number in pictures[row]]])
+
+    asked: dict[tuple[int, ...], list[int]] = {}
+    for row, seen in enumerate(pictures):
+        asked.setdefault(tuple(seen), []).append(row)
+    heads: list[tuple[int, list[int]]] = []  # what is read once, with the first of its rows
+    shared: list[int] = []
+    start: list[int] = []  # the head after which each shared row goes on
+    alone: list[int] = []
+    for seen, rows in asked.items():
+        head = common_start([prompts[row] for row in rows])
+        if seen and len(rows) > 1 and head.count(IMAGE_PLACEHOLDER) == prompts[rows[0]].count(IMAGE_PLACEHOLDER):
+            start += [len(heads)] * len(rows)
+            heads.append((rows[0], head))
+            shared += rows
+        else:
+            alone += rows
+    parts = []
+    if heads:
+        _, state = prefill(model, [head for _, head in heads], pick([row for row, _ in heads]))
+        rests = [prompts[row][len(heads[head][1]) :] for row, head in zip(shared, start)]
+        parts.append(prefill(model, rests, None, state.select(start)))
+    if alone:
+        parts.append(prefill(model, [prompts[row] for row in alone], pick(alone)))
+    place = torch.tensor([*shared, *alone]).argsort()
+    logits = torch.cat([logits for logits, _ in parts])[place.to(model.device)]
+    return logits, State.cat([state for _, state in parts]).select(place)
 
 
 @torch.inference_mode()

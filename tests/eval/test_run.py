@@ -1,101 +1,234 @@
-"""`python eval/run.py` on a small set with a tiny model: the last line, going on after a crash, errors."""
+"""`python eval/run.py`: the last line, going on after a kill, ranks, saved answers, errors of one sentence."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import run
 
 from visualrwkv.checkpoint import save_model
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "eval"))
-
-from benches import scenes  # noqa: E402
-from questions import Question  # noqa: E402
+CASES = next((p for p in (up / "shared/eval_cases" for up in ROOT.parents) if p.is_dir()), None)
 
 
-def ask(*options: str) -> subprocess.CompletedProcess:
-    told = [sys.executable, "eval/run.py", "--bench", "scenes", *map(str, options)]
-    return subprocess.run(told, cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model, picture):
+    """DATA of `scenes`, 24 pictures with two questions in each split, and a model."""
+    place = tmp_path_factory.mktemp("scenes")
+    turns = [
+        {"from": "human", "value": "<image>\nHow many?"},
+        {"from": "gpt", "value": "2"},
+        {"from": "human", "value": "Which colour?"},
+        {"from": "gpt", "value": "red"},
+    ]
+    for split in ("test", "test_unseen"):
+        records = []
+        for i in range(24):
+            picture(i).save(place / f"{i}.png")
+            types = ["count", "colour"]
+            records.append({"id": f"{split}{i}", "image": f"{i}.png", "conversations": turns, "types": types})
+        (place / f"{split}.json").write_text(json.dumps(records))
+    save_model(tiny_model(), place / "model")
+    return place
+
+
+def told(place, out, *options):
+    """The arguments of a short run."""
+    given = ["--bench", "scenes", "--model", place / "model", "--data", place, "--out", out]
+    return [*map(str, given), "--max-new-tokens", "3", "--batch-size", "4", *options]
 
 
 @pytest.fixture
-def place(tmp_path, tiny_model, picture):
-    for split in scenes.SPLITS:
-        records = []
-        for i in range(3):
-            picture(i).save(tmp_path / f"{i}.png")
-            turns = [
-                {"from": "human", "value": "<image>\nHow many?"},
-                {"from": "gpt", "value": "2"},
-                {"from": "human", "value": "Which colour?"},
-                {"from": "gpt", "value": "red"},
-            ]
-            records.append(
-                {"id": f"{split}{i}", "image": f"{i}.png", "conversations": turns, "types": ["count", "colour"]}
-            )
-        (tmp_path / f"{split}.json").write_text(json.dumps(records))
-    save_model(tiny_model(), tmp_path / "model")
-    return tmp_path
+def here(monkeypatch, capsys):
+    """here(arguments…): the last line of a run in this process, as JSON."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["eval/run.py", *map(str, arguments)])
+        run.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
 
 
-def test_score_counts_each_type_and_missing_answers_as_wrong():
-    questions = [Question(str(i), Path("p"), "q", kind, "red") for i, kind in enumerate("aab")]
-    figures = scenes.score(questions, {"0": " Red.", "1": "reddish"})
-    assert figures == {"accuracy": pytest.approx(1 / 3), "a": 0.5, "b": 0.0}
-
-
-def test_every_turn_is_a_question_of_its_own(place):
-    questions = scenes.load(place, "test")
-    assert [(q.text, q.answer, q.kind) for q in questions[:2]] == [
-        ("How many?", "2", "count"),
-        ("Which colour?", "red", "colour"),
-    ]
-    assert questions[1].picture == place / "0.png"
-
-
-def test_scores_are_the_last_line_and_a_second_run_goes_on(place):
-    options = ["--model", place / "model", "--data", place, "--blind", "--max-new-tokens", "2", "--out", place / "out"]
-    done = ask(*options)
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    """What a run leaves that nothing disturbs, and its last line."""
+    command = [sys.executable, "eval/run.py", *told(place, place / "whole", "--blind")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    scores = json.loads(done.stdout.splitlines()[-1])["scenes"]
+    return place / "whole", json.loads(done.stdout.splitlines()[-1])
+
+
+def same_answers(out, whole):
+    found = {f.name: f.read_bytes() for f in out.glob("*.jsonl")}
+    return found == {f.name: (whole / f.name).read_bytes() for f in whole.glob("*.jsonl")}
+
+
+def test_scores_are_the_last_line_and_lie_beside_the_answers(uninterrupted):
+    out, last = uninterrupted
+    scores = last["scenes"]
     assert set(scores) == {"test", "test_unseen", "blind"}
     assert set(scores["test"]) == {"accuracy", "count", "colour"} == set(scores["blind"]["test_unseen"])
-    answers = place / "out/scenes-test.jsonl"
-    lines = answers.read_text().splitlines()
-    assert len(lines) == 6
-    # a crash in the middle of a line; the answers that are there are kept as they are, right or wrong
-    kept = [json.loads(line) for line in lines[:4]]
-    for row in kept:
-        row["text"] = row["answer"]
-    answers.write_text("".join(json.dumps(row) + "\n" for row in kept) + lines[4][:20])
-    done = ask(*options)
+    result = json.loads((out / "result.json").read_text())
+    assert result["scores"] == last
+    assert result["questions"] == {"scenes": 96}
+    assert result["settings"] == {"scenes": {"splits": ["test", "test_unseen"]}}
+    known = {"model_hash", "commit", "versions", "template", "image_position", "scan", "dtype", "seconds", "limit"}
+    assert known <= set(result)
+    rows = [json.loads(line) for line in (out / "scenes-test.jsonl").read_text().split("\n")[:-1]]
+    assert [row["question_id"] for row in rows[:3]] == ["test0-0", "test0-1", "test1-0"]
+    assert {"prompt", "text", "answer", "kind", "image"} <= set(rows[0])
+
+
+def test_a_second_run_asks_nothing_and_says_the_same(uninterrupted, place, here, monkeypatch):
+    out, last = uninterrupted
+    monkeypatch.setattr("visualrwkv.chat.VLM.answer_batch", None)
+    assert here(*told(place, out, "--blind")) == last
+
+
+def test_a_killed_run_goes_on_to_the_same_answers(uninterrupted, place, here, tmp_path):
+    command = [sys.executable, "eval/run.py", *told(place, tmp_path, "--blind")]
+    going = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    began = time.monotonic()
+    while not any(f.stat().st_size for f in tmp_path.glob("*.jsonl")) and time.monotonic() - began < 60:
+        time.sleep(0.001)
+    going.kill()
+    assert going.wait() == -9
+    whole, last = uninterrupted
+    assert not same_answers(tmp_path, whole)
+    assert here(*told(place, tmp_path, "--blind")) == last
+    assert same_answers(tmp_path, whole)
+
+
+def test_two_ranks_leave_the_same_answers(uninterrupted, place, here, tmp_path, monkeypatch):
+    command = [sys.executable, "eval/run.py", *told(place, tmp_path, "--blind")]
+    second = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"}, stdout=subprocess.PIPE, text=True
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    whole, last = uninterrupted
+    assert here(*told(place, tmp_path, "--blind")) == last
+    assert second.communicate(timeout=60)[0] == ""
+    assert second.returncode == 0
+    assert same_answers(tmp_path, whole)
+    assert json.loads((tmp_path / "result.json").read_text())["ranks"] == 2
+
+
+def test_other_settings_are_one_sentence(uninterrupted, place, here):
+    out, _ = uninterrupted
+    with pytest.raises(ValueError, match="image_position middle instead of first"):
+        here(*told(place, out, "--image-position", "first"))
+
+
+def test_a_limited_run_is_scored_on_what_it_asked(place, here, tmp_path):
+    scores = here(*told(place, tmp_path, "--limit", "3", "--split", "test"))["scenes"]["test"]
+    assert scores["accuracy"] in (0, 1 / 3, 2 / 3, 1)
+    assert json.loads((tmp_path / "result.json").read_text())["questions"] == {"scenes": 3}
+
+
+def test_a_result_keeps_the_benches_that_were_asked_before(tmp_path):
+    before = {"scores": {"a": 1}, "questions": {"a": 2}, "model_hash": "x", "dtype": "float32", "more": {}}
+    (tmp_path / "result.json").write_text(json.dumps(before))
+    now = {name: {"b": 3} for name in ("scores", "questions", "more", "settings", "seconds")} | {"dtype": "float32"}
+    run.write_result(tmp_path, now | {"model_hash": "x"})
+    assert json.loads((tmp_path / "result.json").read_text())["scores"] == {"a": 1, "b": 3}
+    run.write_result(tmp_path, now | {"model_hash": "y"})
+    assert json.loads((tmp_path / "result.json").read_text())["scores"] == {"b": 3}
+
+
+# Saved answers -------------------------------------------------------------------------------------------------------
+
+
+def cases() -> list[Path]:
+    """The official scorers' worked cases of the benches that are written."""
+    found = sorted(CASES.glob("*/*")) if CASES else []
+    return [case for case in found if case.parent.name.replace("-", "_") in run.BENCHES]
+
+
+def same(got, wanted):
+    """Whether two nested results have the same keys and, to a millionth, the same figures."""
+    if isinstance(wanted, dict):
+        return isinstance(got, dict) and got.keys() == wanted.keys() and all(same(got[k], wanted[k]) for k in wanted)
+    return got == (pytest.approx(wanted, rel=0, abs=1e-6) if isinstance(wanted, float) else wanted)
+
+
+@pytest.mark.skipif(CASES is None, reason="the worked cases are not beside this checkout")
+@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.parent.name}-{case.name}")
+def test_saved_answers_get_the_official_scores(case, here, tmp_path):
+    name = case.parent.name
+    scores = here(
+        "--bench", name, "--data", case / "data", "--predictions", case / "predictions.jsonl", "--out", tmp_path
+    )
+    expected = json.loads((case / "expected.json").read_text())
+    assert same(scores, {name: expected["primary"]})
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["scores"] == scores
+    for variant, wanted in expected.get("variants", {}).items():
+        if variant in ("official_on_llava_submission", "vizwiz_api_on_llava_submission"):
+            assert same(result["more"][name]["llava_submission"], wanted)
+    if name in ("vqav2", "gqa"):
+        (file,) = [f for f in tmp_path.glob("*.json") if f.name != "result.json"]
+        assert json.loads(file.read_text()) == expected["submission"]
+
+
+def test_saved_answers_need_no_model_and_no_torch(place, tmp_path):
+    rows = [{"question_id": f"test{i}-0", "text": "2" if i < 12 else ""} for i in range(24)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = "import sys, runpy; runpy.run_path('eval/run.py', run_name='__main__'); assert 'torch' not in sys.modules"
+    options = ["--bench", "scenes", "--data", place, "--predictions", tmp_path / "a.jsonl", "--split", "test"]
+    done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    again = json.loads(done.stdout.splitlines()[-1])["scenes"]
-    assert again["test"]["accuracy"] >= 4 / 6
-    assert len(scenes_answers(answers)) == 6
-    result = json.loads((place / "out/result.json").read_text())
-    assert result["scores"]["scenes"] == again
-    assert {"model_hash", "image_position", "scan", "seconds"} <= set(result)
+    assert json.loads(done.stdout.splitlines()[-1])["scenes"]["test"] == {"accuracy": 0.25, "count": 0.5, "colour": 0.0}
+    assert "24 of 48 questions have no answer (as test0-1)" in done.stderr
+    assert "12 of 24 answers are empty" in done.stderr
 
 
-def scenes_answers(file: Path) -> set[str]:
-    return {json.loads(line)["question_id"] for line in file.read_text().splitlines() if line.endswith("}")}
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model", "{place}/model", "--data", "{place}/nowhere"], "nowhere"),
-        (["--model", "{place}/nothing", "--data", "{place}"], "nothing"),
-        (["--model", "{place}/model", "--data", "{place}", "--split", "dev"], "dev"),
+        ("--bench scenes --model {place}/model --data {place}/nowhere", "nowhere holds none of the files of scenes"),
+        ("--bench scenes --model {place}/nothing --data {place}", "nothing"),
+        ("--bench scenes --data {place} --split dev", "split is 'dev'; allowed are test, test_unseen"),
+        ("--bench sceens --data {place}", "bench is 'sceens'; allowed are"),
+        ("--bench scenes,vqav2", "--data is missing: scenes,vqav2 needs"),
+        ("--bench scenes --data {place} --predictions {place}/none.jsonl --split test", "none.jsonl"),
+        ("--bench scenes --data {place} --predictions {place}/test.json", "several splits"),
+        ("--bench scenes --data {place} --predictions {place}/test.json --split test", "a list stands where"),
+        ("--bench scenes --data {place} --predictions {place}/bare.jsonl --split test", "answer 2 has no"),
+        ("--bench scenes,scenes --data {place} --batch-size 0", "batch_size 0"),
+        ("--bench scenes --data {place} --predictions a --limit 3 --split test", "--limit and --blind"),
     ],
 )
-def test_errors_are_one_sentence(place, options, words):
-    done = ask(*(o.format(place=place) for o in options))
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+def test_errors_are_one_sentence(place, options, words, monkeypatch, capsys):
+    (place / "bare.jsonl").write_text('{"question_id": "1", "text": "a"}\n{"question_id": "2", "answer": "a"}\n')
+    monkeypatch.setattr(sys, "argv", ["eval/run.py", *options.format(place=place).split()])
+    with pytest.raises(SystemExit) as end:
+        run.run(run.main)
+    said = capsys.readouterr()
+    assert end.value.code == 1
+    assert said.err.splitlines()[-1].startswith("error: ")
+    assert words in said.err.splitlines()[-1]
+    assert said.out == ""
+
+
+def test_missing_files_are_shown_as_a_tree(here, capsys):
+    with pytest.raises(FileNotFoundError):
+        here("--bench", "pope,mme")
+    said = capsys.readouterr().err
+    assert "coco/coco_pope_adversarial.json" in said
+    assert "posters/questions_answers_YN/tt0048028.txt" in said
+
+
+def test_several_benches_may_lie_side_by_side(place):
+    assert run.placed(run.importlib.import_module("benches.scenes"), "scenes", place) == place
+    (place / "several").mkdir()
+    (place / "several/scenes").symlink_to(place, target_is_directory=True)
+    assert run.placed(run.importlib.import_module("benches.scenes"), "scenes", place / "several").name == "scenes"

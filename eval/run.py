@@ -6,7 +6,6 @@ crash asks only what is left; OUT/result.json says what came out under which set
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import os
@@ -15,19 +14,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # a checkout needs no installation
 
 from asking import Rank, ask  # noqa: E402
+from plan import Bench, arranged, planned, published  # noqa: E402
 from questions import NOTES, Question, Row, note, read_jsonl  # noqa: E402
 from result import BY_BENCH, surroundings, write_result  # noqa: E402
 
 from visualrwkv.commandline import parse, run  # noqa: E402
-from visualrwkv.config import ImagePosition, choose  # noqa: E402
+from visualrwkv.config import ImagePosition  # noqa: E402
 
-BENCHES = tuple(sorted(p.stem for p in (Path(__file__).parent / "benches").glob("*.py")))
 MAX_NEW_TOKENS = 128
 """For an answer, where a bench does not say otherwise."""
 
@@ -50,64 +48,6 @@ class Options:
     dtype: str = "float32"
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A bench, its files, and which of its splits are asked."""
-
-    name: str  # as it was asked for
-    code: ModuleType
-    data: Path
-    splits: tuple[str, ...]
-
-    @property
-    def stem(self) -> str:
-        return self.name.replace("-", "_")
-
-
-def planned(options: Options) -> list[Bench]:
-    """The benches that are asked for; FileNotFoundError with the trees of their files where these are missing."""
-    names = options.bench.split(",")
-    for name in names:
-        choose("bench", name.replace("-", "_"), BENCHES)
-    codes = {name: importlib.import_module(f"benches.{name.replace('-', '_')}") for name in names}
-    if options.data is None:
-        trees = "\n".join(code.TREE for code in codes.values())
-        raise FileNotFoundError(
-            f"--data is missing: {options.bench} needs a directory with the official files\n{trees}"
-        )
-    benches = []
-    for name, code in codes.items():
-        place = placed(code, name, options.data)
-        found = code.splits(place)
-        if options.split:
-            choose("split", options.split, tuple(found))
-            taken = [options.split]
-        elif getattr(code, "EVERY_SPLIT", False):
-            taken = found
-        else:
-            taken = found[:1]
-            if len(found) > 1 and Rank.here().number == 0:
-                note(f"{name}: split {found[0]} is taken; there are also the files of {', '.join(found[1:])} (--split)")
-        benches.append(Bench(name, code, place, tuple(taken)))
-    return benches
-
-
-def placed(code: ModuleType, name: str, data: Path) -> Path:
-    """DATA, or the folder of it that has the bench's name, as where several benches lie side by side."""
-    for place in (data / name, data / name.replace("-", "_")):
-        try:
-            if place.is_dir() and code.splits(place):
-                return place
-        except FileNotFoundError:
-            continue
-    return data
-
-
-def arranged(bench: Bench, by_split: dict[str, Any]) -> Any:
-    """The scores of one split stand for themselves, but where a bench is about its splits."""
-    return by_split if getattr(bench.code, "EVERY_SPLIT", False) else next(iter(by_split.values()))
-
-
 # Scores --------------------------------------------------------------------------------------------------------------
 
 
@@ -121,8 +61,9 @@ def judged(bench: Bench, split: str, rows: list[Row], only: Sequence[Question] |
         some = {"only": {question.id for question in only}}
     if empty := sum(not row.get("text", "a review").strip() for row in rows):
         note(f"{bench.name} {split}: {empty} of {len(rows)} answers are empty, and scored as they are")
-    score = bench.code.score(bench.data, split, rows, **some)
-    more = bench.code.more(bench.data, split, rows, **some) if hasattr(bench.code, "more") else {}
+    with published(bench):
+        score = bench.code.score(bench.data, split, rows, **some)
+        more = bench.code.more(bench.data, split, rows, **some) if hasattr(bench.code, "more") else {}
     return score, more
 
 
@@ -172,7 +113,8 @@ def evaluate(
     count = 0
     new_tokens = options.max_new_tokens or getattr(bench.code, "MAX_NEW_TOKENS", MAX_NEW_TOKENS)
     for split in bench.splits:
-        questions = bench.code.load(bench.data, split)
+        with published(bench):
+            questions = bench.code.load(bench.data, split)
         asked = questions[: options.limit] if options.limit else questions
         count += len(asked)
         for blind in (False, True) if options.blind else (False,):
@@ -234,7 +176,7 @@ def main() -> None:
     if options.limit < 0 or options.batch_size < 1:
         raise ValueError(f"limit is {options.limit} and batch_size {options.batch_size}; they must be at least 0 and 1")
     try:
-        benches = planned(options)
+        benches = planned(options.bench, options.data, options.split)
         (saved if options.predictions else fresh)(options, benches)
     except FileNotFoundError as error:
         sentence, _, tree = str(error).partition("\n")

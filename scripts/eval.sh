@@ -1,4 +1,8 @@
 #!/usr/bin/env bash
-# Score MODEL on the bench `scenes` with the data in DATA. Further options go on to eval/run.py.
+# Score MODEL on BENCH (one or several of eval/benches, with commas) by the files in DATA; by default the quickstart's on scenes.
+# RANKS: processes, by default one for each GPU. Further options go on to eval/run.py.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-exec python eval/run.py --bench scenes --model "${MODEL:-runs/quickstart/finetune}" --data "${DATA:-runs/quickstart/data}" "$@"
+LAUNCH=(python)
+(( RANKS > 1 )) && LAUNCH=(torchrun --standalone --nproc-per-node "$RANKS")
+exec "${LAUNCH[@]}" eval/run.py --bench "${BENCH:-scenes}" --model "${MODEL:-runs/quickstart/finetune}" \
+    --data "${DATA:-runs/quickstart/data}" "$@"

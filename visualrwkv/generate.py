@@ -106,9 +106,11 @@ def prefill_shared(
         parts.append(prefill(model, rests, None, state.select(start)))
     if alone:
         parts.append(prefill(model, [prompts[row] for row in alone], pick(alone)))
-    place = torch.tensor([*shared, *alone]).argsort()
-    logits = torch.cat([logits for logits, _ in parts])[place.to(model.device)]
-    return logits, State.cat([state for _, state in parts]).select(place)
+    order = [*shared, *alone]
+    if len(parts) == 1 and order == sorted(order):
+        return parts[0]
+    place = torch.tensor(order).argsort().to(model.device)
+    return torch.cat([logits for logits, _ in parts])[place], State.cat([state for _, state in parts]).select(place)
 
 
 @torch.inference_mode()

@@ -54,7 +54,8 @@ def matched(
 ) -> tuple[Matched, dict[str, str]]:
     """The answers by id, and each picture's id; ValueError where LLaVA's conversion stops, which wants all rows."""
     names = {image: name for name, _, image in asked(data, split) if only is None or name in only}
-    found = match(rows, names.values())
+    known = ({**row, "question_id": names.get(row["question_id"], row["question_id"])} for row in rows)  # or by picture
+    found = match(known, names.values())
     if found.missing:
         raise ValueError(
             f"vizwiz {split}: {found.amiss()}; the official code stops, as it wants an answer to each question"

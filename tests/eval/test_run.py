@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import plan
 import pytest
 import run
 
@@ -147,7 +148,7 @@ def test_a_result_keeps_the_benches_that_were_asked_before(tmp_path):
 def cases() -> list[Path]:
     """The official scorers' worked cases of the benches that are written."""
     found = sorted(CASES.glob("*/*")) if CASES else []
-    return [case for case in found if case.parent.name.replace("-", "_") in run.BENCHES]
+    return [case for case in found if case.parent.name.replace("-", "_") in plan.BENCHES]
 
 
 def same(got, wanted):
@@ -219,6 +220,13 @@ def test_errors_are_one_sentence(place, options, words, monkeypatch, capsys):
     assert said.out == ""
 
 
+def test_a_file_that_is_not_as_published_is_said(here, tmp_path):
+    (tmp_path / "TextVQA_0.5.1_val.json").write_text('{"questions": []}')
+    (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "a"}\n')
+    with pytest.raises(ValueError, match=r"textvqa: a file in .* is not as it is published, it lacks 'data'"):
+        here("--bench", "textvqa", "--data", tmp_path, "--predictions", tmp_path / "a.jsonl")
+
+
 def test_missing_files_are_shown_as_a_tree(here, capsys):
     with pytest.raises(FileNotFoundError):
         here("--bench", "pope,mme")
@@ -228,7 +236,17 @@ def test_missing_files_are_shown_as_a_tree(here, capsys):
 
 
 def test_several_benches_may_lie_side_by_side(place):
-    assert run.placed(run.importlib.import_module("benches.scenes"), "scenes", place) == place
     (place / "several").mkdir()
     (place / "several/scenes").symlink_to(place, target_is_directory=True)
-    assert run.placed(run.importlib.import_module("benches.scenes"), "scenes", place / "several").name == "scenes"
+    for data in (place, place / "several/scenes"):
+        assert [bench.data for bench in plan.planned("scenes", data, None)] == [data]
+    (bench,) = plan.planned("scenes", place / "several", "test")
+    assert (bench.data, bench.splits) == (place / "several/scenes", ("test",))
+
+
+def test_the_first_split_is_taken_and_the_others_said(tmp_path, capsys):
+    for split in ("val", "test"):
+        (tmp_path / f"{split}.json").write_text("[]")
+    (bench,) = plan.planned("vizwiz", tmp_path, None)
+    assert bench.splits == ("val",)
+    assert "there are also the files of test (--split)" in capsys.readouterr().err

@@ -41,6 +41,8 @@ def test_scores(data):
         "overall": 55.56,  # 2 / 3, 0 as people's capital stays, 1
         "perAnswerType": {"other": 33.33, "number": 100.0},
     }
+    by_picture = [{"question_id": f"VizWiz_val_{i}.jpg", "text": text} for i, text in enumerate(["", "Coke", "2"])]
+    assert vizwiz.score(data, "val", by_picture)["overall"] == 33.33
     assert vizwiz.score(data, "val", rows("", "", "dont"))["overall"] == 0  # don’t is not don't
     assert vizwiz.more(data, "val", rows("", "", "dont"))["llava_submission"]["overall"] == 33.33
     assert vizwiz.per_question(data, "val", rows("a can", "", "")) == {"0": 0.0, "1": 0.0, "2": 0.0}

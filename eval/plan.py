@@ -1,0 +1,84 @@
+"""Which benches are asked for, where in DATA their files lie, and which of their splits are taken."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from asking import Rank
+from questions import note
+
+from visualrwkv.config import choose
+
+BENCHES = tuple(sorted(p.stem for p in (Path(__file__).parent / "benches").glob("*.py")))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A bench, its files, and which of its splits are asked."""
+
+    name: str  # as it was asked for
+    code: ModuleType
+    data: Path
+    splits: tuple[str, ...]
+
+    @property
+    def stem(self) -> str:
+        """What its files in OUT begin with."""
+        return self.name.replace("-", "_")
+
+
+def planned(bench: str, data: Path | None, split: str | None) -> list[Bench]:
+    """The benches that are asked for; FileNotFoundError with the trees of their files where these are missing."""
+    names = bench.split(",")
+    for name in names:
+        choose("bench", name.replace("-", "_"), BENCHES)
+    codes = {name: importlib.import_module(f"benches.{name.replace('-', '_')}") for name in names}
+    if data is None:
+        trees = "\n".join(code.TREE for code in codes.values())
+        raise FileNotFoundError(f"--data is missing: {bench} needs a directory with the official files\n{trees}")
+    benches = []
+    for name, code in codes.items():
+        place = placed(code, name, data)
+        found = code.splits(place)
+        if split:
+            choose("split", split, tuple(found))
+            taken = [split]
+        elif getattr(code, "EVERY_SPLIT", False):
+            taken = found
+        else:
+            taken = found[:1]
+            if len(found) > 1 and Rank.here().number == 0:
+                note(f"{name}: split {found[0]} is taken; there are also the files of {', '.join(found[1:])} (--split)")
+        benches.append(Bench(name, code, place, tuple(taken)))
+    return benches
+
+
+def placed(code: ModuleType, name: str, data: Path) -> Path:
+    """DATA, or the folder of it that has the bench's name, as where several benches lie side by side."""
+    for place in (data / name, data / name.replace("-", "_")):
+        try:
+            if place.is_dir() and code.splits(place):
+                return place
+        except FileNotFoundError:
+            continue
+    return data
+
+
+def arranged(bench: Bench, by_split: dict[str, Any]) -> Any:
+    """The scores of one split stand for themselves, but where a bench is about its splits."""
+    return by_split if getattr(bench.code, "EVERY_SPLIT", False) else next(iter(by_split.values()))
+
+
+@contextmanager
+def published(bench: Bench) -> Iterator[None]:
+    """A field that a file of DATA lacks is the file's fault, and said so."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{bench.name}: a file in {bench.data} is not as it is published, it lacks {error}") from error

@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # a checkout needs no installation
 
 import tyro  # noqa: E402
+from finished import Run, read_run  # noqa: E402
 from intervals import paired  # noqa: E402
 from published import COLUMNS, PUBLISHED  # noqa: E402
 from questions import whole  # noqa: E402
 
-from runs import Run, read_run  # noqa: E402
 from visualrwkv.commandline import parse, run  # noqa: E402
 
 ALL_PAIRS = 3

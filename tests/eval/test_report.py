@@ -5,10 +5,9 @@ import random
 import re
 
 import pytest
+from finished import read_run
 from published import COLUMNS, PUBLISHED
 from report import ALL_PAIRS, differences, draw, main_table, markdown, protocols, told_apart, written
-
-from runs import read_run
 
 LABELS = [str(i) for i in range(100, 220)]
 

@@ -256,3 +256,32 @@ def test_l2wrap_is_the_references(alone):
     ):
         assert (found - wanted).norm() <= 1e-6 * wanted.norm()
         assert (found - without).norm() > 1e-5 * wanted.norm(), "it changes something"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("frozen", ["", "hidden", "head"])
+def test_a_large_head_is_taken_in_blocks(monkeypatch, dtype, frozen):
+    monkeypatch.setattr(room, "BLOCK", 7)
+    monkeypatch.setattr(room, "SMALL", 10)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 8, generator=generator, dtype=dtype) for n in (40, 30))
+    labels = torch.randint(30, (40,), generator=generator)
+    labels[:5] = IGNORE
+    bounds = torch.tensor([0, 13, 40])
+
+    def gradients(loss_of):
+        h, W = (t.clone().requires_grad_(name != frozen) for name, t in (("hidden", hidden), ("head", head)))
+        loss = loss_of(h, W)
+        (3 * loss).backward()
+        return loss.detach(), h.grad, W.grad
+
+    def plain(h, W):
+        targets = shift_labels(labels, bounds)
+        losses = F.cross_entropy(h @ W.T, targets, ignore_index=IGNORE, reduction="none")
+        return (losses * sample_weights(targets, bounds)).sum()
+
+    found, wanted = gradients(lambda h, W: packed_loss(h, W, labels, bounds)), gradients(plain)
+    for a, b in zip(found, wanted):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 2e-7) * b.norm()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds, checks and times every CUDA kernel on this machine's GPU; results in benchmarks/results/<gpu>/ (and OUT, if set).
+# Builds, checks and times every CUDA kernel on this machine's GPU, and a training step; results in benchmarks/results/<gpu>/ (and OUT, if set).
 # flash-linear-attention is measured beside ours where it can be imported. Needs nvcc and a CUDA torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,4 +17,5 @@ else
     echo "compute-sanitizer is not here: its checks are left out" >&2
 fi
 "$PYTHON" benchmarks/gpu.py time "$@"
-[[ -z "${OUT:-}" ]] || cp benchmarks/results/*/kernels* "$OUT"/
+"$PYTHON" benchmarks/gpu_training.py
+[[ -z "${OUT:-}" ]] || cp benchmarks/results/*/{kernels*,training*} "$OUT"/

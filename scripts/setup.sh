@@ -33,10 +33,13 @@ if [[ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$stamp" ]]; then
 fi
 export PATH=$VENV/bin:$PATH
 
-# How training starts: RANKS processes under DeepSpeed's launcher, by default one for each GPU.
+# How training starts: RANKS processes under DeepSpeed's launcher, by default one for each GPU; or those of all machines that
+# HOSTFILE names (lines of "name slots=8"; each has this checkout at the same place and lets the first one in by ssh).
 RANKS=${RANKS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
 LAUNCH=(python -m)
-if (( RANKS > 1 )); then
+if [[ "${HOSTFILE:-}" ]]; then
+    LAUNCH=(deepspeed --hostfile "$HOSTFILE" --module)
+elif (( RANKS > 1 )); then
     # They meet at a port of their own, below those that the system hands out, so that two runs do not meet.
     port=${MASTER_PORT:-$((20000 + RANDOM % 12000))}
     LAUNCH=(deepspeed --num_accelerators "$RANKS" --master_port "$port" --module)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from visualrwkv.training.engine import deepspeed_config, gradient_norms, recompute_blocks
+from visualrwkv.training.engine import deepspeed_config, gradient_norms, other_ranks, recompute_blocks
 from visualrwkv.training.recipes import RECIPES, Recipe, meeting
 
 
@@ -105,3 +105,10 @@ def test_norms_are_told_by_part(tiny_model):
     assert norms["blocks"] == pytest.approx(0.5 * count**0.5)
     assert norms["proj"] == pytest.approx(0.5 * model.get_parameter("proj.gate.weight").numel() ** 0.5)
     assert set(norms) == {"blocks", "proj"}
+
+
+def test_a_rank_that_is_lost_is_one_sentence():
+    with pytest.raises(ConnectionError, match="rank 3 stops because another rank has ended"), other_ranks(3):
+        raise RuntimeError("gloo/pair.cc:538] Read error [127.0.0.1]:40850: Connection reset by peer")
+    with pytest.raises(RuntimeError, match="shapes"), other_ranks(3):
+        raise RuntimeError("shapes differ")

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -140,6 +140,23 @@ class World:
         if error is not None:
             raise error
         raise SystemExit(1)
+
+
+PARTED = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "NCCL communicator was aborted")
+
+
+@contextlib.contextmanager
+def other_ranks(rank: int) -> Iterator[None]:
+    """Say in one sentence that another rank has ended, in whatever call that shows."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in PARTED):
+            raise
+        raise ConnectionError(
+            f"rank {rank} stops because another rank has ended; what that one said stands above, and the same command goes on "
+            "from the last checkpoint"
+        ) from error
 
 
 class Interrupt:

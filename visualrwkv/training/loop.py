@@ -20,7 +20,15 @@ from visualrwkv.checkpoint import WEIGHTS, save_model
 from visualrwkv.model import VisualRWKV
 from visualrwkv.training.checkpoints import Checkpoints, Run, put
 from visualrwkv.training.data import Batch, Conversations, load_batches
-from visualrwkv.training.engine import Interrupt, World, gathered, gradient_norms, leave_world, recompute_blocks
+from visualrwkv.training.engine import (
+    Interrupt,
+    World,
+    gathered,
+    gradient_norms,
+    leave_world,
+    other_ranks,
+    recompute_blocks,
+)
 from visualrwkv.training.features import Features
 from visualrwkv.training.log import Alarm, Log, table
 from visualrwkv.training.loss import distinct_rows, wake_head
@@ -54,9 +62,10 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Watch | None = Non
     if world.chief:
         print(table(model, run.stage), summary(data, plan, total), sep="\n", file=sys.stderr)
     trainer = Trainer(model, run, recipe, world, data, settings, watch)
-    finished = trainer.steps(plan, total)
-    if finished:
-        trainer.finish()
+    with other_ranks(world.rank):
+        finished = trainer.steps(plan, total)
+        if finished:
+            trainer.finish()
     return finished
 
 

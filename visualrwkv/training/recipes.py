@@ -98,7 +98,7 @@ NANO: dict[str, Any] = {"tokens": 4096, "look_ahead": 1, "optimizer": "muon", "b
 
 def published(position: Position, lr: float, lr_final: float, pretrain_final: float, **more: Any) -> dict[str, Recipe]:
     """The two stages of arXiv 2406.13362, table 6, where a step has 256 and 128 samples: here about as many, by tokens."""
-    common: dict[str, Any] = {"tokens": 16384, "bf16": True}
+    common: dict[str, Any] = {"tokens": 16384, "bf16": True, "recompute": True}
     stage1, stage2 = {"zero": 1, **common}, {"zero": 1, **common, **more}
     return {
         "language": Recipe(**stage2),
@@ -109,8 +109,8 @@ def published(position: Position, lr: float, lr_final: float, pretrain_final: fl
 
 V6 = {
     "1b6": published("middle", 6e-5, 1.5e-5, 1e-5, epochs=2.0),
-    "3b": published("middle", 5e-5, 1.25e-5, 1e-5, epochs=2.0, recompute=True),
-    "7b": published("middle", 4e-5, 1e-5, 1e-5, epochs=2.0, recompute=True, weights_bf16=True, zero=2),
+    "3b": published("middle", 5e-5, 1.25e-5, 1e-5, epochs=2.0),
+    "7b": published("middle", 4e-5, 1e-5, 1e-5, epochs=2.0, weights_bf16=True, zero=2),
 }
 V7 = published(
     "first", 6e-5, 1.5e-5, 5e-5

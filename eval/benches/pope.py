@@ -138,6 +138,6 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     return {**scores, **means}
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    pairs = [pair for part in paired(data, rows).values() for pair in part]
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    pairs = [pair for part in paired(data, rows, only).values() for pair in part]
     return {name: float(says_no(text) == (label == "no")) for name, text, label in pairs}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava import LETTER, find, folder, need
-from questions import Question, Row, match, note, read_json
+from questions import Question, Row, fitted, note, read_json
 
 TREE = """\
 DATA/
@@ -86,17 +86,14 @@ def judged(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, bool]]:
     """The problems, and whether each one's answer is right."""
     asked = {k: p for k, p in problems(data, split).items() if only is None or k in only}
-    found = match(rows, asked)
-    if found.amiss():
-        note(
-            f"scienceqa {split}: {found.amiss()}; the official code counts a missing one as wrong and takes the last of several"
-        )
+    otherwise = "the official code counts a missing one as wrong and takes the last of several"
+    found = fitted(f"scienceqa {split}", rows, asked, otherwise)
     hits = {k: k in found.answers and right(found.answers[k], problem) for k, problem in asked.items()}
     return asked, hits
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    return {name: float(hit) for name, hit in judged(data, split, rows, None)[1].items()}
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    return {name: float(hit) for name, hit in judged(data, split, rows, only)[1].items()}
 
 
 def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
@@ -118,7 +115,7 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
 
 def seen(row: Row, asked: dict[str, dict[str, Any]]) -> bool:
     """Whether a row was asked with a picture: its prompt has the tag, as LLaVA writes it, or it names one, as we do."""
-    if "prompt" not in row:
+    if row.get("prompt") is None:
         return bool(asked.get(str(row["question_id"]), {}).get("image"))
     return "<image>" in row["prompt"] or bool(row.get("image"))
 

@@ -104,8 +104,8 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     return summary(judged(data, split, found.answers, names))
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    found, names = matched(data, split, rows)
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    found, names = matched(data, split, rows, only)
     return {name: hit for name, (hit, _) in judged(data, split, found.answers, names).items()}
 
 

@@ -189,8 +189,8 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     return summary(asked, matched(asked, split, rows).answers)
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    asked = annotated(data, split)
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    asked = selected(data, split, only)
     given = matched(asked, split, rows).answers
     return {annotation.question: accuracy(given[annotation.question], annotation) for annotation in asked}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava import SHORT_ANSWER, find, folder, need, question_rows
-from questions import Matched, Question, Row, match, note, read_json, write_json
+from questions import Matched, Question, Row, match, note, read_object, write_json
 
 TREE = """\
 DATA/
@@ -35,7 +35,7 @@ def splits(data: Path) -> list[str]:
 
 
 def records(data: Path, split: str) -> Questions:
-    return read_json(need(data, TREE, f"{split}_questions.json"))
+    return read_object(need(data, TREE, f"{split}_questions.json"))
 
 
 def load(data: Path, split: str) -> list[Question]:
@@ -118,6 +118,8 @@ def answered(data: Path, split: str, rows: list[Row], only: Collection[str] | No
             f"gqa {split}: {found.amiss()}; {len(unanswered)} of these questions are balanced ones, and the official code "
             "stops where one has no answer"
         )
+    if not any(question["isBalanced"] for question in questions.values()):
+        raise ValueError(f"gqa {split}: none of the {len(questions)} questions is balanced, and only those are scored")
     if found.amiss():
         note(f"gqa {split}: {found.amiss()}; the official code takes the last of several and leaves out others")
     return questions, found
@@ -127,7 +129,7 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     """All that the official code computes of balanced questions, in percent."""
     questions, found = answered(data, split, rows, only)
     file = find(data, f"{split}_choices.json")
-    choices = read_json(file) if file else None
+    choices = read_object(file) if file else None
     hits: dict[str, list[float]] = defaultdict(list)
     by: dict[str, dict[Any, list[float]]] = {
         f"accuracyPer{name}": defaultdict(list) for name in ("StructuralType", "SemanticType", "Steps", "Length")

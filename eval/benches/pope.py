@@ -95,6 +95,10 @@ def paired(data: Path, rows: list[Row], only: Collection[str] | None = None) -> 
             f"pope: {len(foreign)} of {len(rows)} answers are to no question here (as {foreign[0]}); the official code stops "
             "at the first; are they of the other version of the files?"
         )
+    if unlabelled := sorted({*category_of.values()} - files.keys()):
+        note(
+            f"pope: there is no label file of {', '.join(unlabelled)}, so scores and means are of {', '.join(sorted(files))}"
+        )
     pairs = {}
     for category, file in sorted(files.items()):
         wanted = [name for name, _, _, c in questions if c == category]

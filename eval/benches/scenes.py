@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from questions import Question, Row, match, note, read_json
+from questions import Question, Row, match, note, read_objects
 
 TREE = """\
 DATA/                      what scripts/quickstart.sh writes to runs/quickstart/data
@@ -28,7 +28,7 @@ def splits(data: Path) -> list[str]:
 
 def turns(data: Path, split: str) -> list[tuple[str, dict[str, Any], int]]:
     """(id, record, which of its questions) of every question."""
-    records = read_json(data / f"{split}.json")
+    records = read_objects(data / f"{split}.json")
     return [(f"{record['id']}-{i}", record, i) for record in records for i in range(len(record["types"]))]
 
 

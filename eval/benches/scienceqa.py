@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava import LETTER, find, folder, need
-from questions import Question, Row, fitted, note, read_json
+from questions import Question, Row, fitted, note, read_object, read_objects
 
 TREE = """\
 DATA/
@@ -27,14 +27,14 @@ def splits(data: Path) -> list[str]:
     file = find(data, "pid_splits.json")
     if file is None or not (data / "problems.json").is_file():
         raise FileNotFoundError(f"{data} does not hold problems.json and pid_splits.json\n{TREE}")
-    ids = read_json(file)
+    ids = read_object(file)
     return [split for split in SPLITS if ids.get(split)]
 
 
 def problems(data: Path, split: str) -> dict[str, dict[str, Any]]:
     """The split's problems by id, in its order."""
-    every = read_json(need(data, TREE, "problems.json"))
-    return {name: every[name] for name in read_json(need(data, TREE, "pid_splits.json"))[split]}
+    every = read_object(need(data, TREE, "problems.json"))
+    return {name: every[name] for name in read_object(need(data, TREE, "pid_splits.json"))[split]}
 
 
 def text_of(problem: dict[str, Any]) -> str:
@@ -48,7 +48,7 @@ def load(data: Path, split: str) -> list[Question]:
     pictures = folder(data, f"images/{split}", split, "images")
     asked: list[tuple[str, str, str | None]]
     if file := find(data, f"llava_{split}_CQM-A.json"):
-        asked = [(str(e["id"]), e["conversations"][0]["value"], e.get("image")) for e in read_json(file)]
+        asked = [(str(e["id"]), e["conversations"][0]["value"], e.get("image")) for e in read_objects(file)]
     else:
         asked = [
             (name, text_of(problem), f"{name}/{problem['image']}" if problem["image"] else None)

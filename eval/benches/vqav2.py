@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import answers
 from llava import SHORT_ANSWER, find, folder, need, question_rows
-from questions import Matched, Question, Row, match, note, read_json, write_json
+from questions import Matched, Question, Row, match, note, read_object, write_json
 
 TREE = """\
 DATA/
@@ -49,7 +49,7 @@ def asked(data: Path, split: str) -> list[tuple[int, str, str]]:
     subset = split.replace("test-dev", "test")
     return [
         (q["question_id"], q["question"] + SHORT_ANSWER, f"COCO_{subset}_{q['image_id']:012d}.jpg")
-        for q in read_json(file)["questions"]
+        for q in read_object(file)["questions"]
     ]
 
 
@@ -103,7 +103,7 @@ def annotated(data: Path, split: str) -> list[Annotation]:
             f"the answers of {split} are not public: submit the file for it to EvalAI's challenge 830, which scores it"
         )
     file = file or need(data, TREE, names(split)["annotations"])
-    return read_json(file, smaller)["annotations"]
+    return read_object(file, smaller)["annotations"]
 
 
 # Scores --------------------------------------------------------------------------------------------------------------

@@ -110,3 +110,9 @@ def test_the_scorers_input(data):
         {"questionId": "b", "prediction": "a man"},
         {"questionId": "a", "prediction": "x"},
     ]
+
+
+def test_without_balanced_questions_there_is_no_score(data):
+    (data / "testdev_balanced_questions.json").write_text(json.dumps({"d": question("And?", "no", isBalanced=False)}))
+    with pytest.raises(ValueError, match="none of the 1 questions is balanced"):
+        gqa.score(data, "testdev_balanced", rows(d="no"))

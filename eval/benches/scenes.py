@@ -22,7 +22,7 @@ EVERY_SPLIT = True
 def splits(data: Path) -> list[str]:
     found = [name for name in ("test", "test_unseen") if (data / f"{name}.json").exists()]
     if not found:
-        raise FileNotFoundError(f"{data} holds none of the files of scenes:\n{TREE}")
+        raise FileNotFoundError(f"{data} holds none of the files of scenes\n{TREE}")
     return found
 
 

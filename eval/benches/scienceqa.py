@@ -28,7 +28,10 @@ def splits(data: Path) -> list[str]:
     if file is None or not (data / "problems.json").is_file():
         raise FileNotFoundError(f"{data} does not hold problems.json and pid_splits.json\n{TREE}")
     ids = read_object(file)
-    return [split for split in SPLITS if ids.get(split)]
+    found = [split for split in SPLITS if ids.get(split)]
+    if not found:
+        raise ValueError(f"{file} has no problem in any of {', '.join(SPLITS)}")
+    return found
 
 
 def problems(data: Path, split: str) -> dict[str, dict[str, Any]]:

@@ -89,6 +89,12 @@ def test_answers_to_other_problems_have_no_score(data):
         scienceqa.score(data, "test", [{"question_id": "9", "text": "B", "prompt": "<image>"}])
 
 
+def test_splits_without_problems_are_refused(data):
+    (data / "pid_splits.json").write_text('{"train": [], "test": []}')
+    with pytest.raises(ValueError, match="has no problem in any of test, val"):
+        scienceqa.splits(data)
+
+
 def test_each_answer_of_the_first_questions_only(data):
     rows = [{"question_id": "1", "text": "B", "prompt": "<image>"}]
     assert scienceqa.per_question(data, "test", rows, only={"1"}) == {"1": 1.0}

@@ -19,7 +19,7 @@ def matching(data: Path, folders: Iterable[str], pattern: str) -> list[Path]:
 
 def missing(bench: str, data: Path, tree: str) -> FileNotFoundError:
     """The error of a bench whose files are not there; `tree` shows them."""
-    return FileNotFoundError(f"{data} holds none of the files of {bench}:\n{tree}")
+    return FileNotFoundError(f"{data} holds none of the files of {bench}\n{tree}")
 
 
 def picture(base: Path, name: str, *folders: str) -> Path:

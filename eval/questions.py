@@ -38,6 +38,22 @@ def read_json(file: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
         raise ValueError(f"{file} is not valid JSON ({error})") from error
 
 
+def read_object(file: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+    """`read_json` of a file that is one object; ValueError for another."""
+    found = read_json(file, pairs)
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: a {type(found).__name__} stands where an object should")
+    return found
+
+
+def read_objects(file: Path) -> list[dict[str, Any]]:
+    """`read_json` of a file that is a list of objects; ValueError for another."""
+    found = read_json(file)
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ValueError(f"{file} is not a list of objects")
+    return found
+
+
 def read_jsonl(file: Path) -> list[Row]:
     """The objects of a JSONL file, one a line. Only "\\n" ends a line: U+2028 and its like may stand inside strings."""
     rows = []

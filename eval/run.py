@@ -75,10 +75,16 @@ def score_saved(bench: Bench, options: Options) -> tuple[Any, dict[str, Any], in
             f"{bench.name} has several splits; say which one the answers are of: {', '.join(bench.splits)}"
         )
     rows = read_jsonl(options.predictions)
+    if not rows:
+        raise ValueError(f"{options.predictions} holds no answer, so there is nothing to score")
     reviews = getattr(bench.code, "TAKES_REVIEWS", False) and not any("text" in row for row in rows)
     for number, row in enumerate(() if reviews else rows, 1):
-        if "question_id" not in row or not isinstance(row.get("text"), str):
+        if not isinstance(row.get("question_id"), (int, str)) or not isinstance(row.get("text"), str):
             raise ValueError(f"{options.predictions}, answer {number} has no question_id or no text")
+        if not isinstance(row.get("prompt"), str | None):
+            raise ValueError(
+                f"{options.predictions}, answer {number}: its prompt is {row['prompt']!r}, which is no text"
+            )
     (split,) = bench.splits
     if options.out and not reviews:
         submit(bench, split, rows, options.out)

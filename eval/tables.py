@@ -38,7 +38,7 @@ def read_table(file: Path, pictures: bool = False) -> list[Cells]:
     """The rows of a TSV file, quoted cells unquoted; the pictures, nine tenths of such a file, only if asked for."""
     csv.field_size_limit(2**31 - 1)
     try:
-        with open(file, encoding="utf-8", newline="") as lines:
+        with open(file, encoding="utf-8-sig", newline="") as lines:  # as pandas does: a mark at the start is no text
             table = csv.reader(lines, delimiter="\t")
             columns = next(table, [])
             if not {"index", "question"} <= set(columns):

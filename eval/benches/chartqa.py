@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from places import matching, missing, picture
-from questions import Question, Row, fitted, match, read_json
+from questions import Question, Row, fitted, match, read_objects
 
 TREE = """\
 DATA/                              or DATA/chartqa/, or the published "ChartQA Dataset"/test/
@@ -37,7 +37,7 @@ def entries(data: Path, only: Collection[str] | None = None) -> dict[str, tuple[
     return {
         f"{part}/{at}": (file.parent, entry)
         for part, file in files(data).items()
-        for at, entry in enumerate(read_json(file))
+        for at, entry in enumerate(read_objects(file))
         if only is None or f"{part}/{at}" in only
     }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava import SHORT_ANSWER, find, folder, need, question_rows
-from questions import Matched, Question, Row, match, note, read_json, write_json
+from questions import Matched, Question, Row, match, note, read_object, write_json
 
 TREE = """\
 DATA/
@@ -27,6 +27,7 @@ Questions = dict[str, dict[str, Any]]
 
 def splits(data: Path) -> list[str]:
     found = {file.name.removesuffix("_questions.json") for file in data.glob("*_questions.json")}
+    found = {tier for tier in found if not tier.startswith("v2_OpenEnded_")}  # those are VQAv2's
     found |= {file.stem.removeprefix("llava_gqa_") for file in data.glob("llava_gqa_*.jsonl")}
     if not found:
         raise FileNotFoundError(f"{data} holds none of the files of gqa\n{TREE}")
@@ -34,7 +35,7 @@ def splits(data: Path) -> list[str]:
 
 
 def records(data: Path, split: str) -> Questions:
-    return read_json(need(data, TREE, f"{split}_questions.json"))
+    return read_object(need(data, TREE, f"{split}_questions.json"))
 
 
 def load(data: Path, split: str) -> list[Question]:
@@ -89,6 +90,20 @@ def distribution(gold: dict[str, dict[str, int]], given: dict[str, dict[str, int
     return weighted / everything / 100 if everything else 0.0
 
 
+def consistency(questions: Questions, given: dict[str, str]) -> float:
+    """How many of the questions that a right answer entails are right too, in percent: the mean over balanced questions.
+
+    Where not all questions are answered, the official code can only run without --consistency, and leaves 0.
+    """
+    if len(given) < len(questions):
+        return 0.0
+    right = {k: given[k] == q["answer"] for k, q in questions.items()}
+    entailed = [[e for e in q["entailed"] if e != k] for k, q in questions.items() if q["isBalanced"] and right[k]]
+    if not all(e in right for those in entailed for e in those):
+        return 0.0
+    return average([average([float(right[e]) for e in those]) for those in entailed if those]) * 100
+
+
 def answered(data: Path, split: str, rows: list[Row], only: Collection[str] | None) -> tuple[Questions, Matched]:
     """The questions and their converted answers; ValueError where the official code stops."""
     questions = {k: q for k, q in records(data, split).items() if only is None or k in only}
@@ -103,6 +118,8 @@ def answered(data: Path, split: str, rows: list[Row], only: Collection[str] | No
             f"gqa {split}: {found.amiss()}; {len(unanswered)} of these questions are balanced ones, and the official code "
             "stops where one has no answer"
         )
+    if not any(question["isBalanced"] for question in questions.values()):
+        raise ValueError(f"gqa {split}: none of the {len(questions)} questions is balanced, and only those are scored")
     if found.amiss():
         note(f"gqa {split}: {found.amiss()}; the official code takes the last of several and leaves out others")
     return questions, found
@@ -112,7 +129,7 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     """All that the official code computes of balanced questions, in percent."""
     questions, found = answered(data, split, rows, only)
     file = find(data, f"{split}_choices.json")
-    choices = read_json(file) if file else None
+    choices = read_object(file) if file else None
     hits: dict[str, list[float]] = defaultdict(list)
     by: dict[str, dict[Any, list[float]]] = {
         f"accuracyPer{name}": defaultdict(list) for name in ("StructuralType", "SemanticType", "Steps", "Length")
@@ -140,7 +157,7 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
         **{name: average(hits[name]) * 100 for name in ("accuracy", "binary", "open")},
         "distribution": distribution(gold, given),
         **{name: average(hits[name]) * 100 for name in ("validity", "plausibility")},
-        "consistency": 0,  # without --consistency; `more` gives it where all questions are answered
+        "consistency": consistency(questions, found.answers),
         **{
             name: {str(kind): {"acc": average(part) * 100, "n": len(part)} for kind, part in sorted(parts.items())}
             for name, parts in by.items()
@@ -148,17 +165,6 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     }
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    questions, found = answered(data, split, rows, None)
-    return {k: float(found.answers[k] == q["answer"]) for k, q in questions.items() if q["isBalanced"]}
-
-
-def more(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
-    """Consistency, where every question and every one that it entails is answered, as --consistency wants it."""
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
     questions, found = answered(data, split, rows, only)
-    entailed = {k: [e for e in q["entailed"] if e != k] for k, q in questions.items()}
-    if found.missing or not all(e in found.answers for es in entailed.values() for e in es):
-        return {}
-    right = {k: found.answers[k] == q["answer"] for k, q in questions.items()}
-    shares = [average([float(right[e]) for e in entailed[k]]) for k in questions if right[k] and entailed[k]]
-    return {"consistency": average(shares) * 100} if shares else {}
+    return {k: float(found.answers[k] == q["answer"]) for k, q in questions.items() if q["isBalanced"]}

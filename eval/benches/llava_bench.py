@@ -55,8 +55,11 @@ def ratings(row: Row) -> list[float]:
     """Of a line of a review file: those that were read when it was written, else out of the review itself."""
     for name in ("tuple", "score"):
         if name in row:
-            return row[name]
-    return read_ratings(row["content"])
+            given = row[name]
+            if not isinstance(given, list) or len(given) != 2 or not all(isinstance(x, (int, float)) for x in given):
+                raise ValueError(f"llava-bench: the ratings of a review are {given!r} instead of two numbers")
+            return given
+    return read_ratings(row["content"]) if isinstance(row["content"], str) else [-1, -1]
 
 
 def score(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def score(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
         )
     parts: dict[str, list[list[float]]] = {}
     for row in rows:
-        for name in ("all", row["category"]) if "category" in row else ("all",):
+        for name in ("all", str(row["category"])) if "category" in row else ("all",):
             parts.setdefault(name, []).append(ratings(row))
     figures = {}
     for name, pairs in sorted(parts.items()):

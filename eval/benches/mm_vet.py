@@ -8,7 +8,7 @@ from typing import Any
 
 from grades import judge, summarise
 from places import matching, missing, picture
-from questions import Question, Row, match, note, read_json, read_jsonl, whole
+from questions import Question, Row, match, note, read_jsonl, read_object, whole
 
 TREE = """\
 DATA/                              or DATA/mm-vet/
@@ -38,7 +38,7 @@ def official(name: Any) -> str:
 def load(data: Path, split: str) -> list[Question]:
     """The bare questions: a model answers freely."""
     if place := file(data, r"mm-vet\.json"):
-        entries = {name: (entry["question"], entry["imagename"]) for name, entry in read_json(place).items()}
+        entries = {name: (entry["question"], entry["imagename"]) for name, entry in read_object(place).items()}
     elif place := file(data, r"llava-mm-vet\.jsonl"):
         entries = {official(row["question_id"]): (row["text"], row["image"]) for row in read_jsonl(place)}
     else:
@@ -62,14 +62,14 @@ def answered(data: Path, rows: list[Row]) -> dict[str, str]:
 def graded(data: Path, rows: list[Row]) -> dict[str, list[float]]:
     """Each question's grades, one a run: from the evaluator's own file, or from a judge's replies written down."""
     if (place := file(data, r"judge_script\.json")) and (questions := file(data, r"mm-vet\.json")):
-        script = read_json(place)
-        texts = {name: entry["question"] for name, entry in read_json(questions).items()}
+        script = read_object(place)
+        texts = {name: entry["question"] for name, entry in read_object(questions).items()}
         answered(data, rows)
         if silent := [text for text in texts.values() if not script["replies"].get(text)]:
             raise ValueError(f"{place}: {len(silent)} of {len(texts)} questions have no reply (as {silent[0]!r})")
         return judge(texts, script["replies"], script.get("num_run", 1))
     if place := file(data, r".*-grade-\d+runs\.json|grades\.json"):
-        return {name: entry["score"] for name, entry in read_json(place).items()}
+        return {name: entry["score"] for name, entry in read_object(place).items()}
     raise ValueError(
         f"mm-vet is graded by GPT-4: upload the file of `submit` to {SERVER}, "
         "and put the grade file that comes back into DATA to have it summed up"
@@ -82,7 +82,7 @@ def score(data: Path, split: str, rows: list[Row]) -> dict[str, Any]:
     place = file(data, r"mm-vet\.json")
     if place is None:
         raise missing("mm-vet", data, TREE)
-    capabilities = {name: entry["capability"] for name, entry in read_json(place).items()}
+    capabilities = {name: entry["capability"] for name, entry in read_object(place).items()}
     runs = {len(given) for given in grades.values()}
     if set(grades) != set(capabilities) or len(runs) != 1 or 0 in runs:
         raise ValueError(

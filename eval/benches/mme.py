@@ -113,7 +113,7 @@ def converted(data: Path, rows: list[Row]) -> list[tuple[str, Line]]:
     for row in rows:
         name = str(row["question_id"])
         subtask, file = name.split("/")[0], name.split("/")[-1].split(".")[0] + ".txt"
-        question = row.get("prompt", "").replace(SHORT_ANSWER.strip(), "").strip()
+        question = (row.get("prompt") or "").replace(SHORT_ANSWER.strip(), "").strip()
         if YES_NO.strip() not in question:
             question += YES_NO
             if (subtask, file, question) not in right:  # some official questions have two spaces there

@@ -14,7 +14,7 @@ from typing import Any
 from choices import DIRECTLY, LETTERS
 from parsing import SEED, fits, read_letter, read_open
 from places import matching, missing, picture
-from questions import Question, Row, match, note, read_json, read_jsonl, whole
+from questions import Question, Row, match, note, read_jsonl, read_object, whole
 
 TREE = """\
 DATA/                              or DATA/mmmu/
@@ -92,7 +92,7 @@ def hits(data: Path, split: str, rows: list[Row], only: Collection[str] | None =
     file = files(data)[split]
     asked = [row for row in read_jsonl(file) if only is None or row["id"] in only]
     keys = matching(file.parent, (), r"answer_dict_val\.json") if split.startswith("val") else []
-    given = read_json(keys[0]) if keys else {}
+    given = read_object(keys[0]) if keys else {}
     found = match(rows, (row["id"] for row in asked))
     if found.foreign:
         raise ValueError(f"mmmu {split}: {found.amiss()}; the official evaluator stops there with a KeyError")

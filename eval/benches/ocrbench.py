@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from places import matching, missing, picture
-from questions import Question, Row, fitted, read_json
+from questions import Question, Row, fitted, read_objects
 
 TREE = """\
 DATA/                              or DATA/ocrbench/ or DATA/OCRBench/
@@ -55,7 +55,7 @@ def load(data: Path, split: str) -> list[Question]:
             (picture(file.parent, entry["image_path"], "OCRBench_Images"),),
             {"image": entry["image_path"]},
         )
-        for at, entry in enumerate(read_json(file))
+        for at, entry in enumerate(read_objects(file))
     ]
 
 
@@ -70,7 +70,7 @@ def holds(text: str, answers: str | Sequence[str], source: str) -> bool:
 
 
 def hits(data: Path, rows: list[Row], only: Collection[str] | None = None) -> dict[str, tuple[dict[str, Any], bool]]:
-    every = {str(at): entry for at, entry in enumerate(read_json(table(data)))}
+    every = {str(at): entry for at, entry in enumerate(read_objects(table(data)))}
     asked = {name: entry for name, entry in every.items() if only is None or name in only}
     otherwise = "of several the last is taken; the official script leaves questions without an answer out of its sums"
     found = fitted("ocrbench", rows, asked, otherwise)

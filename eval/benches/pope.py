@@ -95,6 +95,10 @@ def paired(data: Path, rows: list[Row], only: Collection[str] | None = None) -> 
             f"pope: {len(foreign)} of {len(rows)} answers are to no question here (as {foreign[0]}); the official code stops "
             "at the first; are they of the other version of the files?"
         )
+    if unlabelled := sorted({*category_of.values()} - files.keys()):
+        note(
+            f"pope: there is no label file of {', '.join(unlabelled)}, so scores and means are of {', '.join(sorted(files))}"
+        )
     pairs = {}
     for category, file in sorted(files.items()):
         wanted = [name for name, _, _, c in questions if c == category]
@@ -138,6 +142,6 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     return {**scores, **means}
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    pairs = [pair for part in paired(data, rows).values() for pair in part]
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    pairs = [pair for part in paired(data, rows, only).values() for pair in part]
     return {name: float(says_no(text) == (label == "no")) for name, text, label in pairs}

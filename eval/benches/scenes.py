@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from questions import Question, Row, match, note, read_json
+from questions import Question, Row, match, note, read_objects
 
 TREE = """\
 DATA/                      what scripts/quickstart.sh writes to runs/quickstart/data
@@ -22,13 +22,13 @@ EVERY_SPLIT = True
 def splits(data: Path) -> list[str]:
     found = [name for name in ("test", "test_unseen") if (data / f"{name}.json").exists()]
     if not found:
-        raise FileNotFoundError(f"{data} holds none of the files of scenes:\n{TREE}")
+        raise FileNotFoundError(f"{data} holds none of the files of scenes\n{TREE}")
     return found
 
 
 def turns(data: Path, split: str) -> list[tuple[str, dict[str, Any], int]]:
     """(id, record, which of its questions) of every question."""
-    records = read_json(data / f"{split}.json")
+    records = read_objects(data / f"{split}.json")
     return [(f"{record['id']}-{i}", record, i) for record in records for i in range(len(record["types"]))]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava import LETTER, find, folder, need
-from questions import Question, Row, match, note, read_json
+from questions import Question, Row, fitted, note, read_object, read_objects
 
 TREE = """\
 DATA/
@@ -27,14 +27,17 @@ def splits(data: Path) -> list[str]:
     file = find(data, "pid_splits.json")
     if file is None or not (data / "problems.json").is_file():
         raise FileNotFoundError(f"{data} does not hold problems.json and pid_splits.json\n{TREE}")
-    ids = read_json(file)
-    return [split for split in SPLITS if ids.get(split)]
+    ids = read_object(file)
+    found = [split for split in SPLITS if ids.get(split)]
+    if not found:
+        raise ValueError(f"{file} has no problem in any of {', '.join(SPLITS)}")
+    return found
 
 
 def problems(data: Path, split: str) -> dict[str, dict[str, Any]]:
     """The split's problems by id, in its order."""
-    every = read_json(need(data, TREE, "problems.json"))
-    return {name: every[name] for name in read_json(need(data, TREE, "pid_splits.json"))[split]}
+    every = read_object(need(data, TREE, "problems.json"))
+    return {name: every[name] for name in read_object(need(data, TREE, "pid_splits.json"))[split]}
 
 
 def text_of(problem: dict[str, Any]) -> str:
@@ -48,7 +51,7 @@ def load(data: Path, split: str) -> list[Question]:
     pictures = folder(data, f"images/{split}", split, "images")
     asked: list[tuple[str, str, str | None]]
     if file := find(data, f"llava_{split}_CQM-A.json"):
-        asked = [(str(e["id"]), e["conversations"][0]["value"], e.get("image")) for e in read_json(file)]
+        asked = [(str(e["id"]), e["conversations"][0]["value"], e.get("image")) for e in read_objects(file)]
     else:
         asked = [
             (name, text_of(problem), f"{name}/{problem['image']}" if problem["image"] else None)
@@ -86,17 +89,14 @@ def judged(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, bool]]:
     """The problems, and whether each one's answer is right."""
     asked = {k: p for k, p in problems(data, split).items() if only is None or k in only}
-    found = match(rows, asked)
-    if found.amiss():
-        note(
-            f"scienceqa {split}: {found.amiss()}; the official code counts a missing one as wrong and takes the last of several"
-        )
+    otherwise = "the official code counts a missing one as wrong and takes the last of several"
+    found = fitted(f"scienceqa {split}", rows, asked, otherwise)
     hits = {k: k in found.answers and right(found.answers[k], problem) for k, problem in asked.items()}
     return asked, hits
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    return {name: float(hit) for name, hit in judged(data, split, rows, None)[1].items()}
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    return {name: float(hit) for name, hit in judged(data, split, rows, only)[1].items()}
 
 
 def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
 
 def seen(row: Row, asked: dict[str, dict[str, Any]]) -> bool:
     """Whether a row was asked with a picture: its prompt has the tag, as LLaVA writes it, or it names one, as we do."""
-    if "prompt" not in row:
+    if row.get("prompt") is None:
         return bool(asked.get(str(row["question_id"]), {}).get("image"))
     return "<image>" in row["prompt"] or bool(row.get("image"))
 

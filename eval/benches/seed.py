@@ -10,7 +10,7 @@ from typing import Any
 
 from choices import DIRECTLY, listed
 from places import matching, missing, picture
-from questions import Question, Row, fitted, read_json, read_jsonl, whole
+from questions import Question, Row, fitted, read_jsonl, read_object, whole
 
 TREE = """\
 DATA/                              or DATA/seed_bench/
@@ -41,7 +41,7 @@ def load(data: Path, split: str) -> list[Question]:
             for row in read_jsonl(listing[0])
         ]
     questions = []
-    for entry in read_json(file)["questions"]:
+    for entry in read_object(file)["questions"]:
         options = listed(entry[f"choice_{letter}"] for letter in "abcd")
         if entry["data_type"] == "video":
             place = picture(file.parent, f"{entry['question_id']}.png", "SEED-Bench-video-image")
@@ -56,7 +56,7 @@ def hits(
     data: Path, rows: list[Row], only: Collection[str] | None = None
 ) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str | None]]]:
     """The annotations, and each question with its answer."""
-    given = read_json(table(data))
+    given = read_object(table(data))
     asked = [entry for entry in given["questions"] if only is None or str(entry["question_id"]) in only]
     otherwise = "LLaVA's script takes the last of several, and counts a missing answer as wrong but cannot submit it"
     found = fitted("seed", rows, [entry["question_id"] for entry in asked], otherwise)

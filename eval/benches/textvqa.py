@@ -10,7 +10,7 @@ from typing import Any
 
 import answers
 from llava import SHORT_ANSWER, find, folder, need, question_rows
-from questions import Question, Row, note, read_json, write_json
+from questions import Question, Row, note, read_object, write_json
 
 TREE = """\
 DATA/
@@ -40,7 +40,7 @@ def splits(data: Path) -> list[str]:
 
 def records(data: Path, split: str) -> list[dict[str, Any]]:
     """The official questions, with their answers where they are public."""
-    return read_json(need(data, TREE, names(split)["official"]))["data"]
+    return read_object(need(data, TREE, names(split)["official"]))["data"]
 
 
 def settings(data: Path, split: str) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def load(data: Path, split: str) -> list[Question]:
         return questions
     tokens: dict[str, list[str]] = {}
     if file := find(data, names(split)["ocr"]):
-        tokens = {record["image_id"]: record["ocr_tokens"] for record in read_json(file)["data"]}
+        tokens = {record["image_id"]: record["ocr_tokens"] for record in read_object(file)["data"]}
     questions = []
     for record in records(data, split):
         image = f"{record['image_id']}.jpg"

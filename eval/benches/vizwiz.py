@@ -12,7 +12,7 @@ from typing import Any
 
 import answers
 from llava import SHORT_ANSWER, find, folder, need, question_rows
-from questions import Matched, Question, Row, match, note, read_json, write_json
+from questions import Matched, Question, Row, match, note, read_objects, write_json
 
 TREE = """\
 DATA/
@@ -40,7 +40,7 @@ def asked(data: Path, split: str) -> list[tuple[str, str, str]]:
         return [(str(row["question_id"]), row["text"], row["image"]) for row in question_rows(file)]
     return [
         (str(number), record["question"].capitalize() + UNANSWERABLE + SHORT_ANSWER, record["image"])
-        for number, record in enumerate(read_json(need(data, TREE, *official(split))))
+        for number, record in enumerate(read_objects(need(data, TREE, *official(split))))
     ]
 
 
@@ -74,7 +74,7 @@ def accuracy(text: str, given: list[str]) -> float:
 def judged(data: Path, split: str, given: dict[str, str], names: dict[str, str]) -> dict[str, tuple[float, str]]:
     """The score and the answer type of each question by id; `given`: the answers by id."""
     found = {}
-    for record in {record["image"]: record for record in read_json(need(data, TREE, *official(split)))}.values():
+    for record in {record["image"]: record for record in read_objects(need(data, TREE, *official(split)))}.values():
         if "answers" not in record:
             raise ValueError(
                 f"the answers of {split} are not public: submit the file for it to EvalAI's challenge 2185, which scores it"
@@ -82,6 +82,11 @@ def judged(data: Path, split: str, given: dict[str, str], names: dict[str, str])
         if name := names.get(record["image"]):
             people = [answer["answer"] for answer in record["answers"]]
             found[name] = accuracy(answers.vizwiz(given[name]), people), record["answer_type"]
+    told = f"vizwiz {split}: of {len(names)} questions {len(found)} are among the annotated ones"
+    if not found:
+        raise ValueError(f"{told}, so there is nothing to score")
+    if len(found) < len(names):
+        note(f"{told}, and the score is of these")
     return found
 
 
@@ -104,8 +109,8 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     return summary(judged(data, split, found.answers, names))
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    found, names = matched(data, split, rows)
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    found, names = matched(data, split, rows, only)
     return {name: hit for name, (hit, _) in judged(data, split, found.answers, names).items()}
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import answers
 from llava import SHORT_ANSWER, find, folder, need, question_rows
-from questions import Matched, Question, Row, match, note, read_json, write_json
+from questions import Matched, Question, Row, match, note, read_object, write_json
 
 TREE = """\
 DATA/
@@ -49,7 +49,7 @@ def asked(data: Path, split: str) -> list[tuple[int, str, str]]:
     subset = split.replace("test-dev", "test")
     return [
         (q["question_id"], q["question"] + SHORT_ANSWER, f"COCO_{subset}_{q['image_id']:012d}.jpg")
-        for q in read_json(file)["questions"]
+        for q in read_object(file)["questions"]
     ]
 
 
@@ -103,7 +103,7 @@ def annotated(data: Path, split: str) -> list[Annotation]:
             f"the answers of {split} are not public: submit the file for it to EvalAI's challenge 830, which scores it"
         )
     file = file or need(data, TREE, names(split)["annotations"])
-    return read_json(file, smaller)["annotations"]
+    return read_object(file, smaller)["annotations"]
 
 
 # Scores --------------------------------------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ def score(data: Path, split: str, rows: list[Row], only: Collection[str] | None 
     return summary(asked, matched(asked, split, rows).answers)
 
 
-def per_question(data: Path, split: str, rows: list[Row]) -> dict[str, float]:
-    asked = annotated(data, split)
+def per_question(data: Path, split: str, rows: list[Row], only: Collection[str] | None = None) -> dict[str, float]:
+    asked = selected(data, split, only)
     given = matched(asked, split, rows).answers
     return {annotation.question: accuracy(given[annotation.question], annotation) for annotation in asked}
 

@@ -1,7 +1,7 @@
 """Reading files and matching answers to questions."""
 
 import pytest
-from questions import match, read_json, read_jsonl, whole
+from questions import match, read_json, read_jsonl, read_object, read_objects, whole
 
 
 def test_jsonl_ends_lines_on_newlines_only(tmp_path):
@@ -53,3 +53,19 @@ def test_what_does_not_fit_is_counted():
         "1 answers are to no question of this split (as x)"
     )
     assert match(rows[:1], [2]).amiss() == ""
+
+
+@pytest.mark.parametrize("content", ["1", "[1]", '{"a": 1}', "[]"])
+def test_what_a_json_file_holds_is_checked(tmp_path, content):
+    file = tmp_path / "a.json"
+    file.write_text(content)
+    if content.startswith("{"):
+        assert read_object(file) == {"a": 1}
+    else:
+        with pytest.raises(ValueError, match="stands where an object should"):
+            read_object(file)
+    if content == "[]":
+        assert read_objects(file) == []
+    else:
+        with pytest.raises(ValueError, match="is not a list of objects"):
+            read_objects(file)

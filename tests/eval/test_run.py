@@ -204,12 +204,22 @@ def test_saved_answers_need_no_model_and_no_torch(place, tmp_path):
         ("--bench scenes --data {place} --predictions {place}/test.json", "several splits"),
         ("--bench scenes --data {place} --predictions {place}/test.json --split test", "a list stands where"),
         ("--bench scenes --data {place} --predictions {place}/bare.jsonl --split test", "answer 2 has no"),
+        ("--bench scenes --data {place} --predictions {place}/empty.jsonl --split test", "holds no answer"),
+        (
+            "--bench scenes --data {place} --predictions {place}/listed.jsonl --split test",
+            "answer 1 has no question_id",
+        ),
+        ("--bench scenes --data {place} --predictions {place}/prompt.jsonl --split test", "answer 1: its prompt is 5"),
+        ("--bench llava-bench --data {place}/nowhere --predictions {place}/empty.jsonl", "holds no answer"),
         ("--bench scenes,scenes --data {place} --batch-size 0", "batch_size 0"),
         ("--bench scenes --data {place} --predictions a --limit 3 --split test", "--limit and --blind"),
     ],
 )
 def test_errors_are_one_sentence(place, options, words, monkeypatch, capsys):
     (place / "bare.jsonl").write_text('{"question_id": "1", "text": "a"}\n{"question_id": "2", "answer": "a"}\n')
+    (place / "listed.jsonl").write_text('{"question_id": [1], "text": "a"}\n')
+    (place / "prompt.jsonl").write_text('{"question_id": 1, "text": "a", "prompt": 5}\n')
+    (place / "empty.jsonl").write_text("\r\n")
     monkeypatch.setattr(sys, "argv", ["eval/run.py", *options.format(place=place).split()])
     with pytest.raises(SystemExit) as end:
         run.run(run.main)

@@ -22,6 +22,12 @@ def test_cells_are_unquoted_and_missing_ones_known(tmp_path):
     assert read_table(file, pictures=True)[0]["image"] == PICTURE
 
 
+def test_a_mark_at_the_start_is_no_part_of_a_name(tmp_path):
+    file = tmp_path / "table.tsv"
+    file.write_bytes("\ufeffindex\tquestion\r\n7\tq\u2028r\r\n".encode())
+    assert read_table(file) == [{"index": "7", "question": "q\u2028r"}]
+
+
 def test_rows_share_pictures_and_may_point_to_them(tmp_path):
     file = write(tmp_path, "index\tquestion\timage", f"1\tq\t{PICTURE}", "1000001\tq\t1", f"2\tq\t{PICTURE}")
     pictures = decode_pictures(file, read_table(file, pictures=True))

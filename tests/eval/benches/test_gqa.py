@@ -63,8 +63,26 @@ def test_choices_give_validity_and_plausibility(data):
 
 
 def test_consistency_where_all_is_answered(data):
-    assert gqa.more(data, "testdev_balanced", rows(a="red", b="blue", c="no", d="")) == {"consistency": 50.0}
-    assert gqa.more(data, "testdev_balanced", rows(a="red", b="blue", c="no")) == {}
+    def consistency(**given):
+        return gqa.score(data, "testdev_balanced", rows(**given))["consistency"]
+
+    assert consistency(a="red", b="blue", c="no", d="") == 50
+    assert consistency(a="red", b="blue", c="yes", d="") == 100
+    assert consistency(a="red", b="green", c="no", d="") == 0  # only a right answer entails
+    assert consistency(a="red", b="blue", c="no") == 0
+
+
+def test_consistency_is_of_balanced_questions(data):
+    file = data / "testdev_balanced_questions.json"
+    questions = json.loads(file.read_text())
+    questions["d"]["entailed"] = ["c"]
+    assert not questions["d"]["isBalanced"]
+    file.write_text(json.dumps(questions))
+    given = rows(a="red", b="blue", c="yes", d=questions["d"]["answer"])
+    assert gqa.score(data, "testdev_balanced", given)["consistency"] == 100
+    questions["b"]["entailed"] = ["nowhere"]
+    file.write_text(json.dumps(questions))
+    assert gqa.score(data, "testdev_balanced", given)["consistency"] == 0
 
 
 def test_a_missing_balanced_question_is_refused_and_another_said(data, capsys):
@@ -76,6 +94,15 @@ def test_a_missing_balanced_question_is_refused_and_another_said(data, capsys):
     assert "1 answers are to no question of this split (as z)" in said
 
 
+def test_the_first_questions_only(data):
+    assert gqa.per_question(data, "testdev_balanced", rows(a="red"), only={"a"}) == {"a": 1.0}
+
+
+def test_vqav2s_questions_are_no_tier(data):
+    (data / "v2_OpenEnded_mscoco_val2014_questions.json").write_text("{}")
+    assert gqa.splits(data) == ["testdev_balanced"]
+
+
 def test_the_scorers_input(data):
     file = gqa.submit(data, "testdev_balanced", rows(b="A man.", a="x"), data / "out")
     assert file.name == "testdev_balanced_predictions.json"
@@ -83,3 +110,9 @@ def test_the_scorers_input(data):
         {"questionId": "b", "prediction": "a man"},
         {"questionId": "a", "prediction": "x"},
     ]
+
+
+def test_without_balanced_questions_there_is_no_score(data):
+    (data / "testdev_balanced_questions.json").write_text(json.dumps({"d": question("And?", "no", isBalanced=False)}))
+    with pytest.raises(ValueError, match="none of the 1 questions is balanced"):
+        gqa.score(data, "testdev_balanced", rows(d="no"))

@@ -36,6 +36,18 @@ def test_unreadable_reviews_are_averaged_in(tmp_path):
     assert figures["llava_bench_conv"] == {"relative": 42.9, "gpt4_x10": 35.0, "model_x10": 15.0}
 
 
+def test_a_review_without_words_is_unreadable_and_other_ratings_are_refused(tmp_path):
+    rows = [{"content": None}, {"content": "9 5"}]
+    assert llava_bench.score(tmp_path, "in-the-wild", rows)["all"] == {
+        "relative": 50.0,
+        "gpt4_x10": 40.0,
+        "model_x10": 20.0,
+    }
+    for given in (None, 7, [1, 2, 3], ["8", "9"]):
+        with pytest.raises(ValueError, match="instead of two numbers"):
+            llava_bench.score(tmp_path, "in-the-wild", [{"tuple": given}])
+
+
 def test_a_mean_of_0_leaves_no_ratio(tmp_path, capsys):
     figures = llava_bench.score(tmp_path, "in-the-wild", [{"tuple": [0, 5]}])
     assert figures["all"]["relative"] is None

@@ -92,3 +92,13 @@ def test_some_questions_alone(data):
     scores = pope.score(data, "test", rows, only={row["question_id"] for row in rows})
     assert scores["adversarial"]["n"] == 3
     assert "random" not in scores
+    assert len(pope.per_question(data, "test", rows, only={row["question_id"] for row in rows})) == 3
+
+
+def test_a_category_without_labels_is_said(data, capsys):
+    rows = answers(data, "Yes", "No", "Yes", "No")
+    listed = [{"image": "a.jpg", "text": q.text, "question_id": q.id, **q.fields} for q in pope.load(data, "test")]
+    (data / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    (data / "coco/coco_pope_random.json").unlink()
+    assert pope.score(data, "test", rows).keys() == {"adversarial", "popular", "mean_f1", "mean_accuracy"}
+    assert "no label file of random" in capsys.readouterr().err

@@ -82,3 +82,19 @@ def test_missing_answers_are_wrong_but_not_among_the_pictures(data, capsys):
         "NO": 100.0,
     }
     assert scienceqa.per_question(data, "test", ours) == {"1": 1.0, "2": 1.0, "3": 0.0}
+
+
+def test_answers_to_other_problems_have_no_score(data):
+    with pytest.raises(ValueError, match="scienceqa test: none of the 1 answers is to one of the 3 questions"):
+        scienceqa.score(data, "test", [{"question_id": "9", "text": "B", "prompt": "<image>"}])
+
+
+def test_splits_without_problems_are_refused(data):
+    (data / "pid_splits.json").write_text('{"train": [], "test": []}')
+    with pytest.raises(ValueError, match="has no problem in any of test, val"):
+        scienceqa.splits(data)
+
+
+def test_each_answer_of_the_first_questions_only(data):
+    rows = [{"question_id": "1", "text": "B", "prompt": "<image>"}]
+    assert scienceqa.per_question(data, "test", rows, only={"1"}) == {"1": 1.0}

@@ -70,3 +70,20 @@ def test_the_test_split_is_for_the_server(tmp_path):
     assert vizwiz.splits(tmp_path) == ["test"]
     with pytest.raises(ValueError, match="challenge 2185"):
         vizwiz.score(tmp_path, "test", rows("a"))
+
+
+def test_questions_that_are_not_annotated_are_said(data, capsys):
+    file = data / "Annotations/val.json"
+    (data / "llava_val.jsonl").write_text(
+        "".join(json.dumps({"question_id": i, "image": f"VizWiz_val_{i}.jpg", "text": "?"}) + "\n" for i in range(3))
+    )
+    file.write_text(json.dumps(json.loads(file.read_text())[1:]))
+    assert vizwiz.score(data, "val", rows("", "", "2"))["overall"] == 50
+    assert "of 3 questions 2 are among the annotated ones" in capsys.readouterr().err
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="0 are among the annotated ones"):
+        vizwiz.score(data, "val", rows("", "", ""))
+
+
+def test_the_first_questions_only(data):
+    assert vizwiz.per_question(data, "val", rows("a can"), only={"0"}) == {"0": 0.0}

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -141,3 +142,25 @@ def test_a_table_without_conversations_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="it holds no parquet or arrow file"):
         open_source(tmp_path / "empty", tmp_path)
+
+
+def test_a_name_on_the_hub_is_fetched(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def fetch(name, split):
+        asked.append((name, split))
+        if name != "owner/talks":
+            raise ConnectionError("no network")
+        return datasets.Dataset.from_dict({"texts": [[{"user": "Hello", "assistant": "Hi"}]]})
+
+    monkeypatch.setattr(datasets, "load_dataset", fetch)
+    monkeypatch.chdir(tmp_path)
+    source = open_source(Path("owner/talks"), tmp_path)
+    assert values(read_record(source, 0)) == [("human", "Hello"), ("gpt", "Hi")]
+    with pytest.raises(FileNotFoundError, match=r"owner/none: .*the Hub gave no data set \(no network\)"):
+        open_source(Path("owner/none"), tmp_path)
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no such data file"):
+        open_source(Path("owner/none"), tmp_path)
+    assert asked == [("owner/talks", "train"), ("owner/none", "train")]

@@ -10,6 +10,7 @@ from visualrwkv.commandline import parse, run
 from visualrwkv.config import RWKV_PRESETS, ModelConfig, preset
 from visualrwkv.training.memory import share_one_heap
 from visualrwkv.training.recipes import RECIPES, Recipe, Stage, meeting
+from visualrwkv.training.sources import on_hub
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Options:
     """Train one stage of a model on LLaVA-format data. Further options override the preset's recipe."""
 
     stage: Stage
-    data: Path  # LLaVA JSON or JSONL, a mixture of such, or a Hugging Face data set on disk
+    data: Path  # LLaVA JSON or JSONL, a mixture of such, or a Hugging Face data set (a directory, or owner/name)
     out: Path  # the run's directory
     model: str | None = None  # where to start; in stage language also a preset's name, for fresh weights
     lm: str | None = None  # or: a language model …
@@ -51,7 +52,7 @@ def main() -> None:
         raise ValueError("--samples and --best need --watch, the questions to ask")
     if options.watch_every < 1:
         raise ValueError(f"watch_every is {options.watch_every}; it must be at least 1")
-    if not options.data.exists():
+    if not options.data.exists() and not on_hub(options.data):
         raise FileNotFoundError(f"{options.data}: there is no such data file")
 
     share_one_heap()  # before torch starts its threads

@@ -125,15 +125,18 @@ class Mixture:
         return [[*source.mark(), weight] for source, weight in zip(self.parts, self.weights)]
 
 
+def on_hub(path: Path) -> bool:
+    """Whether this can only be the name of a data set on the Hub, "owner/name"."""
+    return len(path.parts) == 2 and not path.suffix and not path.is_absolute() and not path.parent.exists()
+
+
 def open_source(path: Path, images: Path) -> Source:
-    """Records of a LLaVA .json or .jsonl file, a Hugging Face data set on disk, or a mixture of such.
+    """Records of a LLaVA .json or .jsonl file, a Hugging Face data set on disk or on the Hub, or a mixture.
 
     A mixture is a JSON object {"mixture": [{"data": path, "images": path, "weight": 1.0}, …]}, its paths relative to it.
     ValueError or FileNotFoundError names the file and what is wrong with it.
     """
-    if path.is_dir() or path.suffix in (".parquet", ".arrow"):
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: there is no such data file")
+    if path.is_dir() or on_hub(path) or (path.suffix in (".parquet", ".arrow") and path.exists()):
         return TableRecords(path, images)
     if path.suffix != ".jsonl" and path.exists() and path.stat().st_size < SMALL:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Training records from Hugging Face `datasets`: the rows of a data set on disk, read by index."""
+"""Training records from Hugging Face `datasets`: the rows of a data set on disk or from the Hub, read by index."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 
 class TableRecords:
-    """The rows of a Hugging Face data set on disk: what `save_to_disk` wrote, or parquet or arrow files."""
+    """The rows of a Hugging Face data set: what `save_to_disk` wrote, parquet or arrow files, or "owner/name" on the Hub,
+    which is fetched once and kept in the library's cache."""
 
     def __init__(self, path: Path, images: Path):
         self.path, self.folder = path, images
@@ -68,6 +69,14 @@ def _open_table(path: Path) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    if not path.exists():
+        try:
+            return datasets.load_dataset(str(path), split="train")
+        except Exception as error:  # a network, a Hub and a library's readers: anything
+            words = " ".join(str(error).split())[:160]
+            raise FileNotFoundError(
+                f"{path}: there is no such data file or directory here, and the Hub gave no data set ({words})"
+            ) from error
     if (path / "dataset_dict.json").exists():
         table = datasets.load_from_disk(str(path))
         if "train" not in table:

@@ -23,19 +23,27 @@ namespace amx {
 
 constexpr int64_t BATCH = 16, TILES = 4, PARTS = 3;
 
-// Vector number b in its parts: parts (16 vectors at a time, PARTS, columns / 2, 16, 2).
-inline void split(uint16_t* parts, int64_t b, int64_t most, const float* x, int64_t columns) {
-    uint16_t* to = parts + b / BATCH * BATCH * PARTS * most + b % BATCH * 2;
-    for (int64_t k = 0; k < columns; k++) {
-        float rest = x[k];
-        for (int64_t part = 0; part < PARTS; part++) {
-            uint32_t word;
-            std::memcpy(&word, &rest, 4);
-            word = (word + 0x7fff + (word >> 16 & 1)) & 0xffff0000;  // to nearest, ties to even
-            float held;
-            std::memcpy(&held, &word, 4);
-            rest -= held;
-            to[part * BATCH * most + k / 2 * BATCH * 2 + k % 2] = static_cast<uint16_t>(word >> 16);
+// Columns begin to end (whole blocks of 32) of up to 16 vectors, `stride` apart, in their parts: (PARTS, columns / 2, 16, 2).
+inline void split(const float* x, int64_t vectors, int64_t stride, int64_t begin, int64_t end, int64_t most,
+                  uint16_t* parts) {
+    for (int64_t k = begin; k < end; k += 32) {
+        for (int64_t b = 0; b < vectors; b++) {
+            uint16_t held[PARTS][32];
+            float rest[32];
+            std::memcpy(rest, x + b * stride + k, sizeof rest);
+            for (auto& part : held)
+                for (int i = 0; i < 32; i++) {
+                    uint32_t word;
+                    std::memcpy(&word, rest + i, 4);
+                    word = (word + 0x7fff + (word >> 16 & 1)) & 0xffff0000;  // to nearest, ties to even
+                    float taken;
+                    std::memcpy(&taken, &word, 4);
+                    rest[i] -= taken;
+                    part[i] = static_cast<uint16_t>(word >> 16);
+                }
+            for (int64_t part = 0; part < PARTS; part++)
+                for (int64_t i = 0; i < 32; i += 2)
+                    std::memcpy(parts + (part * most + k + i) * BATCH + b * 2, held[part] + i, 4);
         }
     }
 }

@@ -49,7 +49,7 @@ struct Matrix {
 // `count` vectors of up to `most` columns, prepared for a kind of weights.
 struct Vectors {
     float* floats;         // (count, most)
-    uint16_t* parts;       // what amx.h reads instead
+    uint16_t* parts;       // what amx.h reads instead, made of them in columns as they stand
     int8_t* ints;          // (count, most)
     float* scales;         // (count, most / GROUP)
     int32_t* sums;         // of the ints of each group
@@ -62,8 +62,8 @@ struct Vectors {
     }
     // In memory of bytes(), aligned to a line.
     Vectors(char* memory, int64_t count, int64_t columns, bool amx) : count(count), most(whole(columns, GROUP)), amx(amx) {
-        floats = reinterpret_cast<float*>(memory), parts = reinterpret_cast<uint16_t*>(memory);
-        memory += whole(count, amx::BATCH) * most * 2 * amx::PARTS;
+        parts = reinterpret_cast<uint16_t*>(memory), memory += whole(count, amx::BATCH) * most * 2 * amx::PARTS;
+        floats = reinterpret_cast<float*>(memory), memory += count * most * 4;
         ints = reinterpret_cast<int8_t*>(memory), memory += whole(count * most, LINE);
         scales = reinterpret_cast<float*>(memory), memory += whole(count * most / GROUP * 4, LINE);
         sums = reinterpret_cast<int32_t*>(memory);
@@ -75,13 +75,22 @@ struct Vectors {
         if (integers)
             to_ints(b, x, columns);
         else if (amx)
-            amx::split(parts, b, most, x, whole(columns, 32));
+            std::copy(x, x + whole(columns, 32), floats + b * most);
         else
             for (int64_t k = 0; k < columns; k += 32)
                 for (int64_t i = 0; i < 16; i++) {
                     floats[b * most + k + i] = x[k + 2 * i];
                     floats[b * most + k + 16 + i] = x[k + 2 * i + 1];
                 }
+    }
+
+    // For amx.h, when all are prepared: this thread's share of the columns, as a line there holds all vectors.
+    void split(int64_t thread, int64_t threads, int64_t columns) const {
+        const int64_t blocks = (columns + 31) / 32;
+        const int64_t begin = thread * blocks / threads * 32, end = (thread + 1) * blocks / threads * 32;
+        for (int64_t first = 0; first < count; first += amx::BATCH)
+            amx::split(floats + first * most, std::min(amx::BATCH, count - first), most, begin, end, most,
+                       parts + first * most * amx::PARTS);
     }
 
     void to_ints(int64_t b, const float* x, int64_t columns) {

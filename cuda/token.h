@@ -149,9 +149,18 @@ class Worker {
         if (!alone()) team_.barrier();
     }
 
+    // The same for vectors that bf16 matrices read in the matrix unit.
+    void prepared(const Matrix& matrix, const Vectors& x) {
+        if (x.amx && matrix.kind == packed::BF16) x.split(id_, team_.threads, matrix.columns);
+    }
+
     // Products of what was prepared.
     void multiply(std::initializer_list<Product> products) {
         prepared();
+        if (buffers.in[0].amx) {
+            for (const Product& p : products) prepared(p.matrix, p.x);
+            team_.barrier();
+        }
         const int64_t size = buffers.in[0].amx ? packed::UNIT : 1;
         int64_t units = 0;
         for (const Product& p : products) units += (p.matrix.tiles() + size - 1) / size;

@@ -104,6 +104,8 @@ void layer(Worker& worker, const Block& p, int64_t l) {
         const int64_t rank = p.decay_in.rows;
         each([&](int64_t b) { worker.prepare(b, out.low[0] + b * rank, rank, buffers.small[0], false, token::tanh); });
         worker.prepared();
+        worker.prepared(p.decay_out, buffers.small[0]);
+        worker.prepared();
     }
     heads(worker, p, l);
     each([&](int64_t b) { worker.prepare(b, out.o + b * C, C, buffers.in[0], n.integers, same); });

@@ -118,6 +118,9 @@ void layer(Worker& worker, const Block& p, int64_t l) {
         worker.prepare(b, out.low[3] + b * ranks[3], ranks[3], low[3], false, token::sigmoid);
     });
     worker.prepared();
+    const Matrix* outs[] = {&p.decay_out, &p.rate_out, &p.share_out, &p.gate_out};
+    for (int m = 0; m < 4; m++) worker.prepared(*outs[m], low[m]);
+    worker.prepared();
     heads(worker, p, l);
     each([&](int64_t b) { worker.prepare(b, out.o + b * C, C, in[0], n.integers, same); });
     worker.multiply({{p.output, in[0], out.y}});

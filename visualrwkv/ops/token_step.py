@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visualrwkv.ops import library
+from visualrwkv.ops.arena import Arena
 from visualrwkv.ops.packed import KINDS, Packed, pack, round_vectors, rounded
 
 Net = Any
@@ -117,6 +118,7 @@ class TokenStep:
         config = net.config
         self.dtype = dtype
         self.vocab_size = config.vocab_size
+        self._arena = Arena()
         self._kept: list[Tensor] = []  # what C++ holds pointers to
         self._bytes = 0
         kind, parts = (_Block7, parts7) if config.version == 7 else (_Block6, parts6)
@@ -152,7 +154,7 @@ class TokenStep:
     def __call__(self, x: Tensor, before: Arrays) -> tuple[Tensor, Arrays]:
         """Embeddings x (B, C), the state's arrays → logits (B, V) fp32, new arrays."""
         x, *old = (t.float().contiguous() for t in (x, *before))
-        new = [torch.empty_like(t) for t in old]
+        new = [self._arena.take(*t.shape) for t in old]
         logits = torch.empty(len(x), self.vocab_size)
         call = _Call(len(x), *(t.data_ptr() for t in (x, *old, *new, logits)))
         self._function(self._network, call, torch.get_num_threads(), self._rank)

@@ -7,6 +7,7 @@ extern "C" const char* visualrwkv_cpu_variant() {
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return "_baseline";
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) return "_avx512vnni";
     return avx512 ? "_avx512" : "_avx2";
 #else
     return "";

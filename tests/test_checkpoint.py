@@ -202,7 +202,18 @@ def test_missing_paths(language, tmp_path):
 
 
 def test_unknown_dtype(tmp_path):
-    assert refusal(tmp_path, dtype="int4") == "dtype is 'int4'; allowed are float32, bfloat16"
+    assert refusal(tmp_path, dtype="int2") == "dtype is 'int2'; allowed are float32, bfloat16, int8, int4"
+    assert "dtype is 'int8', which runs on a cpu, and the device is 'cuda'" in refusal(
+        tmp_path, dtype="int8", device="cuda"
+    )
+
+
+def test_integer_weights_are_the_steps_alone(whole, tmp_path):
+    save_model(whole, tmp_path)
+    found = load_model(tmp_path, dtype="int4")
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+    assert found.rwkv.step_dtype == "int4"
+    assert load_model(tmp_path).rwkv.step_dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from visualrwkv.generate import (
     stream,
 )
 from visualrwkv.model import Encoded
+from visualrwkv.ops import library
 from visualrwkv.rwkv.state import State
 from visualrwkv.text.prompt import encode_conversation
 from visualrwkv.text.tokenizer import encode
@@ -138,6 +139,27 @@ def test_step_equals_prefill(model):
     found, _ = step(model, torch.tensor([8, 9]), state)
     wanted, _ = prefill(model, [[5, 6, 8], [7, 9]])
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernels", ["as here", "none"])
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.05), ("int8", 0.1), ("int4", 0.4)])
+def test_steps_with_small_weights(tiny_model, monkeypatch, dtype, limit, kernels):
+    """Close to the module in fp32 with the same weights, with a library and without; prompts are read in bf16."""
+    if kernels == "none":
+        monkeypatch.setattr(library, "COMPILED", False)
+    exact, model = tiny_model(vocab_size=300).bfloat16().float(), tiny_model(vocab_size=300).bfloat16()
+    model.rwkv.step_dtype = dtype
+    _, state = prefill(exact, [[5, 6, 7], [8], [9, 10]])
+    before = state.wkv.clone()
+    tokens = torch.tensor([11, 12, 13])
+    wanted, after = step(exact, tokens, state)
+    found, mine = step(model, tokens, state)
+    assert 0 < (found.float() - wanted).norm() < limit * wanted.norm()
+    assert (mine.wkv - after.wkv).norm() < limit * after.wkv.norm()
+    assert torch.equal(state.wkv, before)
+    assert len(generate(model, found, mine, 5)) == 3
+    with pytest.raises(ValueError, match="the state holds 3 sequences, the input 1"):
+        step(model, torch.tensor([1]), mine)
 
 
 # Where an answer ends ------------------------------------------------------------------------------------------------

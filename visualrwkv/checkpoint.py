@@ -61,6 +61,7 @@ __all__ = [
 log = logging.getLogger("visualrwkv")
 VISION_TYPE = MODEL_TYPE + "-vision"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STEP_DTYPES = ("int8", "int4")  # of single tokens' steps on a CPU; the module itself is bf16
 SETTINGS = ("image_tokens", "scan", "image_position", "projector", "template")
 OPEN_CLIP = "open_clip:"
 
@@ -79,11 +80,18 @@ def load_model(
     """Open a model: our directory, a safetensors or .pth file, a directory for transformers, "hub-id" or "hub-id:file".
 
     Sizes come from the file. vision: the second file of a release in two parts. overrides: image_tokens, scan,
-    image_position or projector where a released file is not what its kind is taken for. FileNotFoundError or ValueError
+    image_position or projector where a released file is not what its kind is taken for. dtype "int8" or "int4": the
+    language model's steps, a token each, round its weights so, on a CPU, and a prompt is read with the weights in bf16,
+    which stay in memory beside. FileNotFoundError or ValueError
     in one sentence where there is no such file, where it is of no known format, or where names or shapes do not fit.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    allowed = (*DTYPES, *STEP_DTYPES)
+    if dtype not in allowed:
+        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(allowed)}")
+    if dtype in STEP_DTYPES and torch.device(device).type != "cpu":
+        raise ValueError(
+            f"dtype is {dtype!r}, which runs on a cpu, and the device is {device!r}; bfloat16 runs on both"
+        )
     place = locate(path)
     config, weights = read_model(place, None if vision is None else locate(vision), overrides)
     if config.vision and not is_ours(place):
@@ -92,7 +100,10 @@ def load_model(
             "%s is taken for a %s: %d image tokens, scan %s, image position %s, projector %s, template %s",
             *(place.name, name, *(getattr(config, setting) for setting in SETTINGS)),
         )
-    return build(VisualRWKV, config, weights, place).to(device, DTYPES[dtype]).eval()
+    model = build(VisualRWKV, config, weights, place).to(device, DTYPES.get(dtype, torch.bfloat16)).eval()
+    if dtype in STEP_DTYPES:
+        model.rwkv.step_dtype = dtype
+    return model
 
 
 def read_model(

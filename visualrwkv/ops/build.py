@@ -27,6 +27,7 @@ CPU_FLAGS = (
 )
 VARIANTS = {
     "x86_64": {
+        "avx512vnni": "-DISA=avx512vnni -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma",
         "avx512": "-DISA=avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma",
         "avx2": "-DISA=avx2 -mavx2 -mfma",
         "baseline": "-DISA=baseline",

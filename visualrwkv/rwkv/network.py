@@ -68,6 +68,8 @@ class RWKV(nn.Module):
 
     time_mix: ClassVar[type[nn.Module]]
     channel_mix: ClassVar[type[nn.Module]]
+    step_dtype: str = "bfloat16"
+    """Of the weights of single tokens' steps on a CPU, where the module's own are bf16: bfloat16, int8 or int4."""
 
     def __init__(self, config: RWKVConfig):
         super().__init__()

@@ -15,7 +15,7 @@ if [[ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$stamp" ]]; then
     echo "set-up 2/3: Python packages (about two minutes; torch with its GPU libraries takes 6 GB)"
     (
         "$VENV/bin/pip" install -q -c constraints.txt setuptools wheel ninja numpy torch py-cpuinfo hjson einops msgpack psutil pydantic tqdm
-        "$VENV/bin/pip" install -q -c constraints.txt --no-build-isolation -e '.[train,eval,test]'
+        "$VENV/bin/pip" install -q -c constraints.txt --no-build-isolation -e '.[train,eval,serve,demo,test]'
     ) >"$VENV/setup.log" 2>&1 &
     installing=$!
     while kill -0 $installing 2>/dev/null; do

@@ -9,7 +9,7 @@ from visualrwkv.chat import VLM, load
 from visualrwkv.checkpoint import save_model
 from visualrwkv.generate import generate, prefill, stream
 from visualrwkv.model import IMAGE_PLACEHOLDER
-from visualrwkv.text.prompt import encode_conversation
+from visualrwkv.text.prompt import encode_conversation, literal
 from visualrwkv.text.tokenizer import decode, encode
 
 SETTINGS = {"max_new_tokens": 8}
@@ -96,6 +96,7 @@ def test_questions_about_one_picture_share_it(vlm, picture, position, monkeypatc
     assert len(opened) == 1
     seats = sum(int((ids == IMAGE_PLACEHOLDER).sum()) for ids in read)
     assert seats == 16 * (1 if position == "first" else len(texts))
+    assert vlm.sharing(position) == ("state" if position == "first" else "features")
     assert vlm.ask_many(picture(), []) == []
 
 
@@ -112,8 +113,8 @@ def test_sampling_reaches_the_answer(vlm, picture):
     settings = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 8}
     a, b, c = (vlm.answer(picture(), "What?", seed=seed, **settings) for seed in (1, 1, 2))
     assert a == b != c
-    with pytest.raises(ValueError, match="top_k is no sampling setting; there are temperature, top_p, seed"):
-        vlm.answer(picture(), "What?", top_k=3)
+    with pytest.raises(ValueError, match="warmth is no sampling setting; there are temperature, top_p, seed, top_k"):
+        vlm.answer(picture(), "What?", warmth=3)
 
 
 def test_pictures_in_every_form(vlm, picture, tmp_path):
@@ -129,9 +130,23 @@ def test_tags_in_the_text_say_where_pictures_are(vlm, picture):
     pictures = [picture(1), picture(2)]
     plain = vlm.next_token_logits(pictures, "Compare")
     torch.testing.assert_close(vlm.next_token_logits(pictures, "<image>\n<image>\nCompare"), plain, rtol=0, atol=0)
-    for text, count in (("<image> Compare", 2), ("<image><image><image>", 2), ("<image> What?", 0)):
-        with pytest.raises(ValueError, match=f"the question has . <image> tags for {count} pictures"):
-            vlm.answer(pictures[:count], text)
+
+
+def test_a_tag_that_stands_for_no_picture_is_text(vlm, picture):
+    """It is read letter by letter, and no picture takes its place."""
+    assert vlm.prompt(0, "<image> What?") == encode("User: <image> What?\n\n") + encode("Assistant:")
+    slots = [IMAGE_PLACEHOLDER] * 16
+    ids = (
+        encode("User: Is <image> a tag?\n")
+        + slots
+        + encode("\n")
+        + slots
+        + encode("\nIs <image> a tag?\n\n")
+        + encode("Assistant:")
+    )
+    assert vlm.prompt(2, "Is <image> a tag?") == ids
+    assert vlm.prompt(1, literal("Is <image> a tag?")).count(IMAGE_PLACEHOLDER) == 16
+    assert vlm.session(picture()).ask("Is <image> <image> a tag?", **SETTINGS)
 
 
 def test_a_language_model_answers_text_and_refuses_pictures(reader, picture):

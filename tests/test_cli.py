@@ -1,10 +1,12 @@
 """The command, as a user starts it."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 
@@ -87,7 +89,7 @@ def test_compose_with_too_coarse_an_encoder(place, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sing"], "there is no command 'sing'; there are chat, check-data, compose, convert, info, kernels"),
+        (["sing"], "there is no command 'sing'; there are chat, check-data, compose, convert, info, kernels, serve"),
         (["chat", "--colour", "red"], "--colour"),
         (["chat"], "--model"),
         (["kernels", "fly"], "kernels takes build or info, got fly"),
@@ -111,7 +113,34 @@ def test_help():
     for arguments in ([], ["--help"]):
         done = command(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "chat,check-data,compose,convert,info,kernels" in done.stdout
+        assert "chat,check-data,compose,convert,info,kernels,serve" in done.stdout
     done = command("chat", "--help")
     assert done.returncode == 0
     assert "--max-new-tokens" in done.stdout
+
+
+def test_serve_until_told_to_stop(place, tmp_path):
+    """As a user starts it, with a key from a file; told to stop, it ends in peace."""
+    (tmp_path / "key").write_text("secret\n")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    line = [sys.executable, "-m", "visualrwkv.cli", "serve", "--model", place / "model", "--port", port]
+    line += ["--api-key-file", tmp_path / "key"]
+    quiet = os.environ | ({} if library.COMPILED else {"VISUALRWKV_KERNELS": "0"})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*map(str, line)], cwd=ROOT, env=quiet, encoding="utf-8", **pipes) as server:
+        assert server.stdout.readline() == f"serving model on http://127.0.0.1:{port}/v1\n"
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=9) as client:
+            said = client.responses.create(model="model", input="Hello", max_output_tokens=6).output_text
+        server.terminate()
+        _, errors = server.communicate(timeout=60)
+    assert said == load(place / "model").answer(None, "Hello", max_new_tokens=6)
+    assert (server.returncode, errors) in ((0, ""), (-15, ""))
+
+
+def test_serve_with_an_empty_key_file(place, tmp_path):
+    (tmp_path / "key").write_text("\n")
+    done = command("serve", "--model", place / "model", "--api-key-file", tmp_path / "key")
+    assert done.returncode == 1
+    assert "holds no key in its first line" in done.stderr

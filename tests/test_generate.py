@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from visualrwkv.generate import (
-    Sampling,
-    choose_token,
+    Answer,
+    Slots,
+    answer_all,
+    close_turns,
     common_start,
     generate,
     prefill,
@@ -19,6 +21,7 @@ from visualrwkv.generate import (
 from visualrwkv.model import Encoded
 from visualrwkv.ops import library
 from visualrwkv.rwkv.state import State
+from visualrwkv.sampling import Sampling
 from visualrwkv.text.prompt import encode_conversation
 from visualrwkv.text.tokenizer import encode
 
@@ -73,7 +76,9 @@ def test_a_template_says_what_ends_an_answer():
     assert [token for token, _ in stream(world, *world.start(), 6)] == said[:4]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1e-4, top_p=0.9, seed=1)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(1e-4, 0.9, 1), Sampling(1.0, seed=3), Sampling(repetition_penalty=1.5)]
+)
 def test_a_ragged_batch_answers_as_each_alone(model, prompts, pixels, sampling):
     images = pixels(4)
     together = generate(model, *prefill(model, prompts, images), 12, sampling)
@@ -203,26 +208,6 @@ def test_max_new_tokens(model, prompts, pixels, count):
 
 # Sampling ------------------------------------------------------------------------------------------------------------
 
-LOGITS = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
-
-
-def draw(sampling, count=4000):
-    generator = torch.Generator().manual_seed(0)
-    return torch.bincount(choose_token(LOGITS.expand(count, 4), sampling, generator), minlength=4) / count
-
-
-def test_temperature():
-    torch.testing.assert_close(draw(Sampling(temperature=1.0)), LOGITS.exp(), rtol=0, atol=0.03)
-    torch.testing.assert_close(draw(Sampling(temperature=2.0)), torch.softmax(LOGITS / 2, 0), rtol=0, atol=0.03)
-    assert draw(Sampling(temperature=0.0)).tolist() == [0, 1, 0, 0]
-
-
-@pytest.mark.parametrize(("top_p", "kept"), [(0.01, [1]), (0.45, [1]), (0.6, [1, 3]), (0.9, [0, 1, 3])])
-def test_top_p_keeps_the_likeliest_of_that_total(top_p, kept):
-    wanted = torch.zeros(4)
-    wanted[kept] = LOGITS.exp()[kept] / LOGITS.exp()[kept].sum()
-    torch.testing.assert_close(draw(Sampling(temperature=1.0, top_p=top_p)), wanted, rtol=0, atol=0.03)
-
 
 def test_a_seed_repeats(model, prompts, pixels):
     def answers(seed):
@@ -240,22 +225,81 @@ def test_no_state_is_changed_by_generating(model, prompts, pixels):
     assert torch.equal(logits, before[1])
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"temperature": -1}, "temperature is -1"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"top_p": float("nan")}, "top_p is nan"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is inf"),
-    ],
-)
-def test_wrong_settings(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Sampling(**settings)
-
-
 def test_the_script_is_what_the_tokenizer_says():
     assert encode("好。\n")[-1] == 28329
     assert [encode(t)[0] for t in (" \n\n", "\n\n ", " \n", "\n\n\t")] == [3336, 3329, 265, 3327]
+
+
+# Slots ---------------------------------------------------------------------------------------------------------------
+
+
+def grow(slots, steps=1):
+    """The texts that some steps let be seen, by answer."""
+    seen = {}
+    for _ in range(steps):
+        for answer, piece in slots.step():
+            seen[id(answer)] = seen.get(id(answer), "") + piece
+    return seen
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_answers_join_and_leave_at_any_step(tiny_model, prompts, pixels, version):
+    """Whoever is beside it, an answer is the one that it is alone, and so is what is remembered of it."""
+    model = tiny_model(version=version)
+    parts = pixels(4).split([n for n, _ in QUESTIONS])
+    settings = [Sampling(), Sampling(1.0, seed=4), Sampling(0.8, 0.9, 5, frequency_penalty=0.5), Sampling(1.0, seed=6)]
+    lengths = [9, 4, 12, 30]
+
+    def begun(row):
+        logits, state = prefill(model, [prompts[row]], parts[row])
+        return Answer(settings[row], lengths[row], start=state), logits, state
+
+    alone = []
+    for row in range(4):
+        answer, logits, state = begun(row)
+        slots = Slots(model)
+        slots.join([answer], logits, state)
+        while slots:
+            slots.step()
+        alone.append((answer.ids, close_turns(model, [answer])))
+    slots, answers = Slots(model), {}
+    for row, steps in ((2, 3), (0, 1), (3, 4), (1, 2)):
+        answers[row], logits, state = begun(row)
+        slots.join([answers[row]], logits, state)
+        grow(slots, steps)
+    slots.leave(answers[3])
+    assert len(slots) == 3
+    assert answers[3].ended is None
+    while slots:
+        slots.step()
+    assert [answers[row].ids for row in range(3)] == [ids for ids, _ in alone[:3]]
+    assert answers[3].ids == alone[3][0][:6]
+    after = close_turns(model, [answers[row] for row in range(3)])
+    for row in range(3):
+        mine, theirs = after.select([row]), alone[row][1]
+        torch.testing.assert_close(vars(mine), vars(theirs), rtol=1e-3, atol=1e-4)
+
+
+def test_an_answer_of_no_tokens_takes_no_seat(model):
+    logits, state = prefill(model, [[5], [6]])
+    slots = Slots(model)
+    slots.join([Answer(Sampling(), 0), Answer(Sampling(), 2)], logits, state)
+    assert len(slots) == 1
+    assert slots.step()
+    slots.leave(slots.answers[0])
+    assert slots.step() == []
+
+
+def test_a_stop_string_is_neither_seen_nor_remembered(model):
+    """It may begin inside a token; the conversation goes on as if the answer had been said without it."""
+    said = encode(" one, two") + encode(", three") + MORE
+    scripted = Scripted(said)
+    logits, state = scripted.start()
+    [answer] = answer_all(scripted, logits, state, 20, Sampling(stop=("o, t", "never")))
+    assert (answer.text, answer.ended) == ("one, tw", "stop")
+    _, start = prefill(model, [[5, 6]])
+    answer = Answer(Sampling(stop="o, t"), 20, start=start)
+    assert "".join(answer.push(token) for token in said[: len(answer.ids) or 7] if not answer.ended) == "one, tw"
+    _, wanted = prefill(model, [[5, 6, *encode(" one, tw"), 261]])
+    torch.testing.assert_close(vars(close_turns(model, [answer])), vars(wanted), rtol=1e-3, atol=1e-4)
+    assert answer.read() == [*encode(" one, tw"), 261]

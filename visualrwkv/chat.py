@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from visualrwkv.checkpoint import load_model
 from visualrwkv.config import ImagePosition
-from visualrwkv.generate import Sampling, generate, prefill, prefill_shared, step, stream
+from visualrwkv.generate import Answer, answer_all, close_turns, prefill, prefill_shared, stream
 from visualrwkv.model import Encoded, VisualRWKV
 from visualrwkv.rwkv.state import State
-from visualrwkv.text.prompt import IMAGE_TAG, encode_conversation
-from visualrwkv.text.tokenizer import END, END_OF_TURN, StreamDecoder, decode
+from visualrwkv.sampling import Sampling
+from visualrwkv.saved import History, Question, Snapshot, Turn, fingerprint, load_snapshot, save_snapshot
+from visualrwkv.text.prompt import IMAGE_TAG, encode_conversation, literal
 from visualrwkv.vision.processor import Picture, make_processor
 
 Pictures = Picture | Sequence[Picture] | None
@@ -54,11 +56,13 @@ class VLM:
         self.processor = make_processor(model.config.vision) if model.config.vision else None
 
     def prompt(self, pictures: int, text: str, image_position: ImagePosition | None = None) -> list[int]:
-        """The ids of a question up to "Assistant:"; tags may be written in the text, else the pictures come first."""
+        """The ids of a question up to "Assistant:".
+
+        Tags in the text are the pictures', as in LLaVA's files, where there are as many; else they are text like any other,
+        and the pictures come where `image_position` wants them. `literal(text)` makes them text always.
+        """
         tags = text.count(IMAGE_TAG)
-        if tags and tags != pictures:
-            raise ValueError(f"the question has {tags} {IMAGE_TAG} tags for {pictures} pictures")
-        value = text if tags else f"{IMAGE_TAG}\n" * pictures + text
+        value = text if tags and tags == pictures else f"{IMAGE_TAG}\n" * pictures + literal(text)
         turns = [{"from": "human", "value": value}, {"from": "gpt", "value": ""}]
         config = self.model.config
         position = image_position or config.image_position
@@ -85,9 +89,9 @@ class VLM:
         text: str,
         image_position: ImagePosition | None = None,
         max_new_tokens: int = 256,
-        **sampling: float,
+        **sampling: Any,
     ) -> str:
-        """One answer. image: path, PIL picture, bytes, a list of them, or None; sampling: temperature, top_p, seed."""
+        """One answer. image: path, PIL picture, bytes, a list of them, or None; sampling: the fields of `Sampling`."""
         return "".join(self.stream(image, text, image_position, max_new_tokens, **sampling)).strip()
 
     def stream(
@@ -96,7 +100,7 @@ class VLM:
         text: str,
         image_position: ImagePosition | None = None,
         max_new_tokens: int = 256,
-        **sampling: float,
+        **sampling: Any,
     ) -> Iterator[str]:
         """The answer as it grows, never a broken character."""
         return self.session().stream(text, image, image_position, max_new_tokens, **sampling)
@@ -106,7 +110,7 @@ class VLM:
         questions: Sequence[tuple[Pictures, str]],
         image_position: ImagePosition | None = None,
         max_new_tokens: int = 256,
-        **sampling: float,
+        **sampling: Any,
     ) -> list[str]:
         """Answers to several (pictures, text), read side by side; each is the same as when asked alone.
 
@@ -125,8 +129,8 @@ class VLM:
                 logits, state = prefill(self.model, prompts)
             else:
                 logits, state = prefill_shared(self.model, prompts, numbers, Encoded(self.model.encode(pixels)))
-        answers = generate(self.model, logits, state, max_new_tokens, make_sampling(sampling))
-        return [decode(ids).strip() for ids in answers]
+        answers = answer_all(self.model, logits, state, max_new_tokens, make_sampling(sampling))
+        return [answer.text for answer in answers]
 
     def ask_many(
         self,
@@ -134,32 +138,42 @@ class VLM:
         questions: Sequence[str],
         image_position: ImagePosition | None = None,
         max_new_tokens: int = 256,
-        **sampling: float,
+        **sampling: Any,
     ) -> list[str]:
-        """Answers to several questions about the same pictures, which are read once; as `answer_batch`."""
+        """Answers to several questions about the same pictures, which are encoded once; as `answer_batch`.
+
+        `sharing` says whether the questions share the state after the pictures as well.
+        """
         return self.answer_batch([(image, text) for text in questions], image_position, max_new_tokens, **sampling)
+
+    def sharing(self, image_position: ImagePosition | None = None) -> str:
+        """What `ask_many` shares among its questions: "state" where pictures come first, else their "features"."""
+        first = self.model.config.template == "world" or (image_position or self.model.config.image_position) == "first"
+        return "state" if first else "features"
 
     def session(self, image: Pictures = None) -> Session:
         """A new conversation, with pictures to be shown with its first question."""
         return Session(self, as_list(image))
 
+    def resume(self, path: str | Path) -> Session:
+        """A conversation that `Session.save` wrote, here or elsewhere; ValueError where another model's."""
+        session = Session(self)
+        session._now = load_snapshot(path, self.fingerprint, self.model.device, self.model.config.rwkv)
+        return session
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that name the model by its numbers."""
+        return fingerprint(self.model)
+
 
 def make_sampling(values: dict) -> Sampling:
     """Keyword arguments to Sampling; an unknown one is a ValueError that names it."""
-    known = ("temperature", "top_p", "seed")
+    known = [field.name for field in fields(Sampling)]
     for name in values:
         if name not in known:
             raise ValueError(f"{name} is no sampling setting; there are {', '.join(known)}")
     return Sampling(**values)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A conversation between two turns; a value."""
-
-    state: State | None
-    waiting: tuple[Picture, ...]
-    turns: tuple[tuple[str, str], ...] = ()
 
 
 class Session:
@@ -168,21 +182,26 @@ class Session:
     def __init__(self, vlm: VLM, pictures: Sequence[Picture] = ()):
         self.vlm = vlm
         self._now = Snapshot(None, tuple(pictures))
-        self._before: list[Snapshot] = []
+        self._before = History()
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:
         """The questions and answers so far."""
-        return self._now.turns
+        return tuple((turn.text, turn.answer) for turn in self._now.turns)
 
     @property
     def state(self) -> State | None:
         """All that the model remembers; None before the first question."""
         return self._now.state
 
-    def ask(self, text: str, image: Pictures = None, **settings) -> str:
+    @property
+    def tokens(self) -> int:
+        """How many tokens the state has read, image tokens included."""
+        return sum(len(turn.ids) for turn in self._now.turns)
+
+    def ask(self, text: str, image: Pictures = None, **settings: Any) -> str:
         """The answer to the next question; `settings` as `stream`."""
-        return "".join(self.stream(text, image, **settings)).strip()
+        return "".join(self.stream(text, image, **settings))
 
     def stream(
         self,
@@ -190,51 +209,61 @@ class Session:
         image: Pictures = None,
         image_position: ImagePosition | None = None,
         max_new_tokens: int = 256,
-        **sampling: float,
+        **sampling: Any,
     ) -> Iterator[str]:
         """The answer as it grows. A turn that is broken off before its end leaves the conversation as it was."""
-        model = self.vlm.model
+        model, now = self.vlm.model, self._now
         options = make_sampling(sampling)
-        pictures = [*self._now.waiting, *as_list(image)]
+        pictures = [*now.waiting, *as_list(image)]
         prompt = self.vlm.prompt(len(pictures), text, image_position)
-        logits, state = prefill(model, [prompt], self.vlm.pixels(pictures), self._now.state)
-        decoder, ids, lead = StreamDecoder(), [], True
+        logits, state = prefill(model, [prompt], self.vlm.pixels(pictures), now.state)
+        answer = Answer(options, max_new_tokens, model.config.end_of_turn, start=state)
         for token, before in stream(model, logits, state, max_new_tokens, options):
-            state = before
-            ids.append(token)
-            if token in (END, model.config.end_of_turn):
-                break
-            piece = decoder.push(token)
-            piece, lead = (piece.lstrip(), lead and not piece.strip()) if lead else (piece, False)
-            if piece:
+            answer.state = before
+            if piece := answer.push(token):
                 yield piece
-        if rest := decoder.flush():
+            if answer.ended:
+                break
+        if rest := answer.finish():
             yield rest
-        self._close(text, ids, state)
-
-    def _close(self, text: str, ids: list[int], state: State) -> None:
-        """Let the state read the end of the turn, as in training, and make it the conversation's."""
-        end = self.vlm.model.config.end_of_turn
-        answer = [i for i in ids if i not in (END, end)]
-        unread = [ids[-1]] if ids and ids[-1] not in (END, end) else []  # the last token was not read yet
-        if end != END_OF_TURN or not decode(answer).endswith("\n\n"):
-            unread.append(end)
-        for token in unread:
-            _, state = step(self.vlm.model, torch.tensor([token], device=self.vlm.model.device), state)
-        self._before.append(self._now)
-        self._now = Snapshot(state, (), (*self._now.turns, (text, decode(answer).strip())))
+        asked = Question(text, tuple(as_list(image)), dict(sampling, max_new_tokens=max_new_tokens))
+        if image_position:
+            asked.settings["image_position"] = image_position
+        turn = Turn(text, answer.text, (*prompt, *answer.read()))
+        state = close_turns(model, [answer])
+        self._before.push(replace(now, asked=asked))
+        self._now = Snapshot(state, (), (*now.turns, turn))
 
     def undo(self) -> None:
         """Forget the last turn; ValueError if there is none."""
-        if not self._before:
+        if not len(self._before):
             raise ValueError("there is no turn to undo")
-        self._now = self._before.pop()
+        self._now = replace(self._before.pop(), asked=None)
+
+    def regenerate(self, **settings: Any) -> str:
+        """Ask the last question again, with other settings where given; as `regenerating`."""
+        return "".join(self.regenerating(**settings))
+
+    def regenerating(self, **settings: Any) -> Iterator[str]:
+        """The new answer to the last question as it grows; if it is broken off, the old one stays. ValueError without a turn."""
+        if not len(self._before):
+            raise ValueError("there is no answer to regenerate")
+        other = self.fork()
+        before = other._before.pop()
+        other._now, asked = replace(before, asked=None), before.asked
+        assert asked is not None
+        yield from other.stream(asked.text, asked.pictures, **asked.settings | settings)
+        self._now, self._before = other._now, other._before
 
     def fork(self) -> Session:
         """A second conversation that goes on from here; neither changes the other."""
         other = Session(self.vlm)
-        other._now, other._before = replace(self._now), list(self._before)
+        other._now, other._before = self._now, self._before.copy()
         return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation to a safetensors file, for `VLM.resume`; what was undone or can be is not in it."""
+        save_snapshot(path, self._now, self.vlm.fingerprint)
 
 
 __all__ = ["VLM", "Session", "load"]

@@ -78,6 +78,24 @@ class CheckData:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Serve a model over OpenAI's API: /v1/chat/completions, /v1/responses, /v1/models, /health."""
+
+    model: str  # a model directory or file
+    name: str | None = None  # what clients call it; the directory's name unless given
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "cpu"
+    dtype: str = "float32"
+    api_key_file: Path | None = None  # its first line is asked of every client
+    allow_urls: bool = False  # fetch pictures from public http(s) addresses
+    slots: int = 64  # answers that grow at the same time
+    queue: int = 64  # further requests that wait; beyond them 429
+    timeout_s: float = 300.0  # of a request
+    states: int = 256  # kept for previous_response_id
+
+
+@dataclass(frozen=True)
 class KernelsInfo:
     """Say which compiled kernels are in use."""
 
@@ -191,6 +209,23 @@ def check_data(args: list[str]) -> None:
         )
 
 
+def serve(args: list[str]) -> None:
+    options = parse(Serve, args)
+    key = None
+    if options.api_key_file and not (key := options.api_key_file.read_text().partition("\n")[0].strip()):
+        raise ValueError(f"{options.api_key_file} holds no key in its first line")
+    try:
+        from visualrwkv.serve.limits import Limits
+        from visualrwkv.serve.run import serve as run_server
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing; pip install 'visualrwkv[serve]' brings it") from None
+
+    name = options.name or Path(options.model.partition(":")[0]).resolve().stem
+    limits = Limits(slots=options.slots, queue=options.queue, timeout_s=options.timeout_s, states=options.states)
+    o = options
+    run_server(o.model, name, o.host, o.port, o.device, o.dtype, key, o.allow_urls, limits)
+
+
 def kernels(args: list[str]) -> None:
     act, *rest = args or [""]
     if act not in ("build", "info"):
@@ -213,6 +248,7 @@ COMMANDS = {
     "convert": convert,
     "info": info,
     "kernels": kernels,
+    "serve": serve,
 }
 
 

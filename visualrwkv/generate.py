@@ -1,13 +1,11 @@
-"""Prefill in one parallel pass, then steps of constant cost: ids and states, no text beyond what stops an answer.
+"""Prefill in one parallel pass, then steps of constant cost: ids and states, and the text that an answer ends by.
 
 S sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -17,34 +15,9 @@ from visualrwkv.model import IMAGE_PLACEHOLDER, Encoded, Images, VisualRWKV
 from visualrwkv.ops.token_step import TokenStep, packed_step
 from visualrwkv.rwkv.network import RWKV
 from visualrwkv.rwkv.state import State
-from visualrwkv.text.tokenizer import END, END_OF_TURN, decode_bytes
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: temperature 0 is greedy; top_p keeps the likeliest tokens of that total."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be a number of at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-
-
-def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """Logits (S, V) -> the next ids (S,)."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probs = torch.softmax(logits.float() / sampling.temperature, -1)
-    if sampling.top_p < 1:
-        ordered, index = probs.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # the likeliest always stays
-        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+from visualrwkv.sampling import Sampler, Sampling, choose_tokens
+from visualrwkv.text.shown import Shown
+from visualrwkv.text.tokenizer import END, END_OF_TURN, decode, decode_bytes, encode
 
 
 @torch.inference_mode()
@@ -143,30 +116,145 @@ def closes(token: int, tail: bytes, end_of_turn: int = END_OF_TURN) -> bool:
     return token in (END, end_of_turn) or (end_of_turn == END_OF_TURN and b"\n\n" in tail)
 
 
+class Answer:
+    """One answer as it grows: its ids without the closing token, its text, and why it ended ("stop" or "length")."""
+
+    def __init__(
+        self, sampling: Sampling, max_new_tokens: int, end_of_turn: int = END_OF_TURN, start: State | None = None
+    ):
+        """start: the state after the prompt, one row, where the conversation shall go on after the answer."""
+        self.sampler = Sampler(sampling)
+        self.ids: list[int] = []
+        self.state = self.start = start
+        self.ended: str | None = None if max_new_tokens > 0 else "length"
+        self._shown = Shown(sampling.stop)
+        self._most, self._end = max_new_tokens, end_of_turn
+        self._last = END
+
+    @property
+    def text(self) -> str:
+        """What may be seen of it so far; all of it once it has ended."""
+        return self._shown.text
+
+    def push(self, token: int) -> str:
+        """Take the next id -> the text that it lets be seen."""
+        piece, self._last = "", token
+        if token not in (END, self._end):
+            self.ids.append(token)
+            piece = self._shown.push(token)
+        if self._shown.stopped or closes(token, decode_bytes([*self.ids[-2:-1], token]), self._end):
+            self.ended = "stop"
+        elif len(self.ids) >= self._most:
+            self.ended = "length"
+        return piece + self._shown.flush() if self.ended else piece
+
+    def finish(self) -> str:
+        """End it here, if it has not ended -> the text that was held back."""
+        self.ended = self.ended or "length"
+        return self._shown.flush()
+
+    def read(self) -> list[int]:
+        """What the state has read of this turn after `close_turns`, as ids."""
+        _, ids = self.unread()
+        return ids if self._shown.stopped else [*self.ids, *(i for i in ids[-1:] if i == self._end)]
+
+    def unread(self) -> tuple[State | None, list[int]]:
+        """A state, and what it must read so that it remembers the turn as it was seen, closed as in training."""
+        if self._shown.stopped:  # the stop string was read as well: from the start again
+            return self.start, [*encode(f" {self.text}" if self.text else ""), self._end]
+        ids = [self._last] if self.ids and self._last not in (END, self._end) else []  # the last was not read yet
+        if self._end != END_OF_TURN or not decode(self.ids).endswith("\n\n"):
+            ids.append(self._end)
+        return self.state, ids
+
+
 @torch.inference_mode()
+def close_turns(model: VisualRWKV, answers: Sequence[Answer]) -> State:
+    """What the conversations of these answers remember after them: a State of as many rows."""
+    todo = [answer.unread() for answer in answers]
+    states = [state for state, _ in todo if state is not None]
+    assert len(states) == len(todo), "an answer was begun without its state"
+    rows = [row for row, (_, ids) in enumerate(todo) if ids]
+    if not rows:
+        return State.cat(states)
+    _, read = prefill(model, [todo[row][1] for row in rows], None, State.cat([states[row] for row in rows]))
+    for at, row in enumerate(rows):
+        states[row] = read.select([at])
+    return State.cat(states)
+
+
+class Slots:
+    """Answers that grow side by side, one token a step. They join and leave between any two steps, and none changes another."""
+
+    def __init__(self, model: VisualRWKV):
+        self.model = model
+        self.answers: list[Answer] = []
+        self._logits: Tensor | None = None
+        self._state: State | None = None
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def join(self, answers: Sequence[Answer], logits: Tensor, state: State) -> None:
+        """Take in answers to prompts that were read: logits (S, V) and State of S rows, as `prefill` gives them."""
+        assert len(answers) == len(logits) == len(state)
+        going = [row for row, answer in enumerate(answers) if not answer.ended]
+        if not going:
+            return
+        if len(going) < len(answers):
+            answers, logits, state = [answers[row] for row in going], logits[going], state.select(going)
+        if self._logits is not None and self._state is not None:
+            logits, state = torch.cat([self._logits, logits]), State.cat([self._state, state])
+        self.answers = [*self.answers, *answers]
+        self._logits, self._state = logits, state
+
+    def leave(self, answer: Answer) -> None:
+        """Give up an answer that has not ended; its seat is free at once."""
+        if answer in self.answers:
+            self._keep([row for row, other in enumerate(self.answers) if other is not answer])
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Answer, str]]:
+        """One more token for each -> the answers with the text that it lets be seen; those that ended have left."""
+        if self._logits is None or self._state is None:
+            return []
+        tokens = choose_tokens(self._logits, [answer.sampler for answer in self.answers])
+        pieces = [(answer, answer.push(token)) for answer, token in zip(self.answers, tokens)]
+        going = [row for row, (answer, _) in enumerate(pieces) if not answer.ended]
+        for row, (answer, _) in enumerate(pieces):
+            if answer.ended and answer.start is not None:
+                answer.state = self._state.select([row])
+        self._keep(going)
+        if going:
+            tokens = [tokens[row] for row in going]
+            self._logits, self._state = step(self.model, torch.tensor(tokens, device=self.model.device), self._state)
+        return pieces
+
+    def _keep(self, rows: list[int]) -> None:
+        if len(rows) == len(self.answers):
+            return
+        assert self._logits is not None
+        assert self._state is not None
+        self.answers = [self.answers[row] for row in rows]
+        self._logits, self._state = (self._logits[rows], self._state.select(rows)) if rows else (None, None)
+
+
 def generate(
     model: VisualRWKV, logits: Tensor, state: State, max_new_tokens: int, sampling: Sampling | None = None
 ) -> list[list[int]]:
     """Answers to S prefilled prompts, stepped together; a finished one leaves the batch. Without their closing token."""
-    sampling, end_of_turn = sampling or Sampling(), model.config.end_of_turn
-    generator = _generator(sampling, model.device)
-    answers: list[list[int]] = [[] for _ in range(len(state))]
-    running = list(range(len(state)))
-    for _ in range(max_new_tokens):
-        tokens = choose_token(logits, sampling, generator)
-        going = []
-        for row, token in enumerate(tokens.tolist()):
-            answer = answers[running[row]]
-            if not closes(token, decode_bytes([*answer[-1:], token]), end_of_turn):
-                going.append(row)
-            if token not in (END, end_of_turn):
-                answer.append(token)
-        if not going:
-            break
-        if len(going) < len(running):
-            running = [running[row] for row in going]
-            tokens, state = tokens[going], state.select(going)
-        logits, state = step(model, tokens, state)
+    return [answer.ids for answer in answer_all(model, logits, state, max_new_tokens, sampling)]
+
+
+def answer_all(
+    model: VisualRWKV, logits: Tensor, state: State, max_new_tokens: int, sampling: Sampling | None = None
+) -> list[Answer]:
+    """As `generate`, with the answers' texts: each is what it would be alone, by its seed too."""
+    answers = [Answer(sampling or Sampling(), max_new_tokens, model.config.end_of_turn) for _ in range(len(state))]
+    slots = Slots(model)
+    slots.join(answers, logits, state)
+    while slots:
+        slots.step()
     return answers
 
 
@@ -174,17 +262,12 @@ def stream(
     model: VisualRWKV, logits: Tensor, state: State, max_new_tokens: int, sampling: Sampling | None = None
 ) -> Iterator[tuple[int, State]]:
     """One answer as it grows: yields each token with the state before it, the closing token last."""
-    sampling, end_of_turn = sampling or Sampling(), model.config.end_of_turn
-    generator = _generator(sampling, model.device)
+    sampler, end_of_turn = Sampler(sampling or Sampling()), model.config.end_of_turn
     last: list[int] = []
     for _ in range(max_new_tokens):
-        token = int(choose_token(logits, sampling, generator))
+        token = sampler.choose(logits[0])
         yield token, state
         last = [*last[-1:], token]
         if closes(token, decode_bytes(last), end_of_turn):
             return
         logits, state = step(model, torch.tensor([token], device=model.device), state)
-
-
-def _generator(sampling: Sampling, device: torch.device) -> torch.Generator | None:
-    return None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)

@@ -14,10 +14,14 @@ from visualrwkv.text.tokenizer import encode
 IGNORE = -100
 """The label of a position that is not learned."""
 IMAGE_TAG = "<image>"
+LITERAL_TAG = "<\0image>"
+"""An image tag that a person wrote as text: it is read as one, and no picture takes its place."""
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 PROTOCOLS = ("visualrwkv", "v6.0", "v7.00", "world")
 PLACEHOLDER = {"visualrwkv": 65535, "v7.00": 65535, "v6.0": -200, "world": 65535}
 """The id that stands for a picture: one for each image token, but in v6.0 one for the whole picture."""
+TURN_BYTES = dict.fromkeys((0x16, 0x17))
+"""What opens and closes WorldRWKV's turns, and is never part of a text."""
 
 Turn = Mapping[str, str]
 
@@ -26,6 +30,16 @@ def clean(text: str) -> str:
     """Strip, and collapse empty lines, so that two newlines occur only where a turn ends."""
     text = text.strip()
     return re.sub(r"\n(\s*\n)+", "\n", text) if "\n" in text else text
+
+
+def literal(text: str) -> str:
+    """Text that a person typed, as text: image tags stand for no picture, and the bytes that open and close turns are gone."""
+    return text.replace(IMAGE_TAG, LITERAL_TAG).translate(TURN_BYTES)
+
+
+def encode_text(text: str) -> list[int]:
+    """Text -> ids, with the tags in it that are only text."""
+    return encode(text.replace(LITERAL_TAG, IMAGE_TAG))
 
 
 def without_tags(text: str) -> str:
@@ -80,7 +94,7 @@ def encode_conversation(
             new = encode_tagged(f"User: {text}\n\n", slots)
             masked = len(new)
         elif role == "gpt":
-            new = encode(f"Assistant: {clean(value)}\n\n") if value.strip() else encode("Assistant:")
+            new = encode_text(f"Assistant: {clean(value)}\n\n") if value.strip() else encode("Assistant:")
             masked = 3  # "Assistant", ":" and what the two make with the rest: given, not learned
         else:
             raise ValueError(f"a turn is from {turn['from']!r}; allowed are human, gpt")
@@ -97,10 +111,12 @@ def encode_world(conversations: Sequence[Turn], image_tokens: int) -> tuple[list
         role, value = turn["from"].lower(), turn["value"]
         if role == "human":
             text = value.replace(IMAGE_TAG, "").strip()
-            new = [PLACEHOLDER["world"]] * (image_tokens * value.count(IMAGE_TAG)) + encode(f"\x16User: {text}\x17")
+            new = [PLACEHOLDER["world"]] * (image_tokens * value.count(IMAGE_TAG)) + encode_text(
+                f"\x16User: {text}\x17"
+            )
             masked = len(new)
         elif role == "gpt":
-            new = encode(f"Assistant: {value.strip()}\x17") if value.strip() else encode("Assistant:")
+            new = encode_text(f"Assistant: {value.strip()}\x17") if value.strip() else encode("Assistant:")
             masked = len(encode("Assistant:"))
         else:
             raise ValueError(f"a turn is from {turn['from']!r}; allowed are human, gpt")
@@ -112,7 +128,7 @@ def encode_world(conversations: Sequence[Turn], image_tokens: int) -> tuple[list
 def encode_tagged(text: str, slots: list[int]) -> list[int]:
     """Text whose image tags become `slots`; the pieces between are tokenised apart."""
     first, *rest = text.split(IMAGE_TAG)
-    ids = encode(first)
+    ids = encode_text(first)
     for piece in rest:
-        ids += slots + encode(piece)
+        ids += slots + encode_text(piece)
     return ids

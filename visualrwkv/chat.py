@@ -16,6 +16,7 @@ from visualrwkv.config import ImagePosition
 from visualrwkv.generate import Sampling, generate, prefill, step, stream
 from visualrwkv.model import VisualRWKV
 from visualrwkv.rwkv.state import State
+from visualrwkv.task import load_task
 from visualrwkv.text.prompt import IMAGE_TAG, encode_conversation
 from visualrwkv.text.tokenizer import END, END_OF_TURN, StreamDecoder, decode
 from visualrwkv.vision.processor import Picture, make_processor
@@ -28,10 +29,16 @@ def load(
     vision: str | Path | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    task: str | Path | None = None,
     **overrides: Any,
 ) -> VLM:
-    """Open a model together with its tokenizer and image processor; formats, overrides and errors as `load_model`."""
-    return VLM(load_model(path, device, dtype, vision=vision, **overrides))
+    """Open a model together with its tokenizer and image processor; formats, overrides and errors as `load_model`.
+
+    task: a file that state tuning made, to start from (`VLM.use`).
+    """
+    vlm = VLM(load_model(path, device, dtype, vision=vision, **overrides))
+    vlm.use(task)
+    return vlm
 
 
 def as_list(pictures: Pictures) -> list[Picture]:
@@ -47,6 +54,19 @@ class VLM:
     def __init__(self, model: VisualRWKV):
         self.model = model.eval()
         self.processor = make_processor(model.config.vision) if model.config.vision else None
+        self.start: State | None = None  # what a conversation remembers before its first word, one row
+
+    def use(self, task: str | Path | None) -> None:
+        """Let later sessions and answers start from a task's state, or from nothing (None); sessions that exist keep theirs.
+
+        FileNotFoundError or ValueError in one sentence where the file is none, or was made for another model; then all
+        stays as it was.
+        """
+        self.start = None if task is None else load_task(task, self.model.rwkv)
+
+    def starts(self, rows: int) -> State | None:
+        """What so many conversations start from."""
+        return None if self.start is None else self.start.select([0] * rows)
 
     def prompt(self, pictures: int, text: str, image_position: ImagePosition | None = None) -> list[int]:
         """The ids of a question up to "Assistant:"; tags may be written in the text, else the pictures come first."""
@@ -71,7 +91,7 @@ class VLM:
         """What may open the answer: (V,) fp32, after the full prompt template."""
         pictures = as_list(image)
         prompt = self.prompt(len(pictures), text, image_position)
-        logits, _ = prefill(self.model, [prompt], self.pixels(pictures))
+        logits, _ = prefill(self.model, [prompt], self.pixels(pictures), self.start)
         return logits[0].float()
 
     def answer(
@@ -106,7 +126,8 @@ class VLM:
         """Answers to several (pictures, text), read side by side; each is the same as when asked alone."""
         pictures = [as_list(image) for image, _ in questions]
         prompts = [self.prompt(len(p), text, image_position) for p, (_, text) in zip(pictures, questions)]
-        logits, state = prefill(self.model, prompts, self.pixels([p for ps in pictures for p in ps]))
+        pixels = self.pixels([p for ps in pictures for p in ps])
+        logits, state = prefill(self.model, prompts, pixels, self.starts(len(prompts)))
         answers = generate(self.model, logits, state, max_new_tokens, make_sampling(sampling))
         return [decode(ids).strip() for ids in answers]
 
@@ -138,7 +159,7 @@ class Session:
 
     def __init__(self, vlm: VLM, pictures: Sequence[Picture] = ()):
         self.vlm = vlm
-        self._now = Snapshot(None, tuple(pictures))
+        self._now = Snapshot(vlm.start, tuple(pictures))
         self._before: list[Snapshot] = []
 
     @property
@@ -148,7 +169,7 @@ class Session:
 
     @property
     def state(self) -> State | None:
-        """All that the model remembers; None before the first question."""
+        """All that the model remembers; before the first question what a task brought, or None."""
         return self._now.state
 
     def ask(self, text: str, image: Pictures = None, **settings) -> str:

@@ -13,7 +13,7 @@ FLOORS = (
     ("visualrwkv.ops", "visualrwkv.text"),
     ("visualrwkv.vision", "visualrwkv.rwkv"),
     ("visualrwkv.model", "visualrwkv.formats", "visualrwkv.sampling"),
-    ("visualrwkv.checkpoint", "visualrwkv.generate", "visualrwkv.saved"),
+    ("visualrwkv.checkpoint", "visualrwkv.generate", "visualrwkv.saved", "visualrwkv.task"),
     ("visualrwkv.chat",),
     ("visualrwkv.training", "visualrwkv.serve", "visualrwkv.hf", "visualrwkv.lmms"),
     ("visualrwkv.cli", "eval", "demo", "benchmarks"),
@@ -98,7 +98,7 @@ import visualrwkv
 assert "torch" not in sys.modules
 visualrwkv.load, visualrwkv.load_model, visualrwkv.encode_conversation, visualrwkv.ops, visualrwkv.vision
 import visualrwkv.cli, visualrwkv.training.loop
-print([m for m in ("transformers", "timm", "deepspeed", "matplotlib", "huggingface_hub", "fastapi", "gradio") if m in sys.modules])
+print([m for m in ("transformers", "timm", "deepspeed", "matplotlib", "huggingface_hub", "fastapi", "gradio", "peft") if m in sys.modules])
 """
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

@@ -7,8 +7,11 @@ import torch
 
 from visualrwkv.chat import VLM, load
 from visualrwkv.checkpoint import save_model
+from visualrwkv.files import fingerprint
 from visualrwkv.generate import generate, prefill, stream
 from visualrwkv.model import IMAGE_PLACEHOLDER
+from visualrwkv.rwkv.state import State
+from visualrwkv.task import load_task, save_task
 from visualrwkv.text.prompt import encode_conversation, literal
 from visualrwkv.text.tokenizer import decode, encode
 
@@ -271,3 +274,58 @@ def test_a_turn_that_fails_or_is_broken_off_leaves_no_trace(vlm, picture, tmp_pa
 def test_the_prompt_is_the_protocols(vlm):
     assert encode("User: Hello\n\n") + encode("Assistant:") == vlm.prompt(0, "Hello")
     assert vlm.prompt(1, "What?") == asked("What?", 1)
+
+
+# A task --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(vlm, tmp_path):
+    """A task's file for the tiny model, strong enough to be heard."""
+    config = vlm.model.config.rwkv
+    wkv = torch.randn(State.zeros(config).wkv[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    save_task(tmp_path / "task.safetensors", 3 * wkv, config, fingerprint(vlm.model.rwkv))
+    return tmp_path / "task.safetensors"
+
+
+@pytest.fixture
+def tasked(vlm, task):
+    """The tiny model with its task in use."""
+    other = VLM(vlm.model)
+    other.use(task)
+    return other
+
+
+def test_every_way_to_ask_starts_from_the_task(vlm, tasked, task, picture, tmp_path):
+    questions = [(picture(0), "What is this?"), (None, "Hello"), ([picture(1), picture(2)], "Which is larger?")]
+    single = [tasked.answer(image, text, **SETTINGS) for image, text in questions]
+    assert tasked.answer_batch(questions, **SETTINGS) == single
+    assert ["".join(tasked.stream(image, text, **SETTINGS)).strip() for image, text in questions] == single
+    assert [tasked.session(image).ask(text, **SETTINGS) for image, text in questions] == single
+    assert single != [vlm.answer(image, text, **SETTINGS) for image, text in questions]
+    with torch.no_grad():
+        start = load_task(task, vlm.model.rwkv)
+        logits, _ = vlm.model(torch.tensor([asked("What is this?", 1)]), pixels_of(vlm, picture(0)), start)
+    found = tasked.next_token_logits(picture(0), "What is this?")
+    torch.testing.assert_close(found, logits[0, -1], rtol=0, atol=2e-5)
+    save_model(vlm.model, tmp_path / "model")
+    opened = load(tmp_path / "model", task=task)
+    assert opened.answer(*questions[0], **SETTINGS) == single[0]
+
+
+def test_tasks_are_swapped_for_later_sessions_alone(vlm, tasked, task, picture):
+    plain, with_task = (v.answer(picture(0), "What?", **SETTINGS) for v in (vlm, tasked))
+    assert plain != with_task
+    early = tasked.session(picture(0))
+    tasked.use(None)
+    late = tasked.session(picture(0))
+    tasked.use(task)
+    assert (early.ask("What?", **SETTINGS), late.ask("What?", **SETTINGS)) == (with_task, plain)
+    early.undo()
+    assert early.ask("What?", **SETTINGS) == with_task
+    fork = early.fork()
+    fork.undo()
+    assert fork.ask("What?", **SETTINGS) == with_task
+    with pytest.raises(FileNotFoundError):
+        tasked.use("nothing.safetensors")
+    assert tasked.answer(picture(0), "What?", **SETTINGS) == with_task, "a failure leaves all as it was"

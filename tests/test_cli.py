@@ -13,7 +13,10 @@ import torch
 from visualrwkv.chat import load
 from visualrwkv.checkpoint import save_model, save_vision
 from visualrwkv.config import VRWKVConfig
+from visualrwkv.files import fingerprint
 from visualrwkv.ops import library
+from visualrwkv.rwkv.state import State
+from visualrwkv.task import save_task
 from visualrwkv.vision.vrwkv import VRWKV
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +66,22 @@ def test_chat_with_a_language_model(place):
     assert done.stdout == answers(load(place / "lm.pth"), ("Hello", None), ("Why?", None))
 
 
+def test_chat_with_a_task(place, tiny_model):
+    model = tiny_model()
+    wkv = 3 * torch.randn(State.zeros(model.config.rwkv).wkv[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    save_task(place / "task.safetensors", wkv, model.config.rwkv, fingerprint(model.rwkv))
+    say = {"stdin": "Hello\n"}
+    options = "--model", place / "model", "--task", place / "task.safetensors", "--max-new-tokens", 6
+    done = command("chat", *options, **say)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == answers(load(place / "model", task=place / "task.safetensors"), ("Hello", None))
+    assert done.stdout != answers(load(place / "model"), ("Hello", None))
+    done = command("chat", "--model", place / "model", "--task", place / "lm.pth", **say)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "is no task for a model of 4 layers" in done.stderr
+
+
 def test_compose(place):
     done = command("compose", "--lm", place / "lm.pth", "--vision", place / "vit", place / "new")
     assert (done.returncode, done.stderr) == (0, "")
@@ -89,13 +108,17 @@ def test_compose_with_too_coarse_an_encoder(place, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sing"], "there is no command 'sing'; there are chat, check-data, compose, convert, info, kernels, serve"),
+        (
+            ["sing"],
+            "there is no command 'sing'; there are chat, check-data, compose, convert, info, kernels, merge, serve",
+        ),
         (["chat", "--colour", "red"], "--colour"),
         (["chat"], "--model"),
         (["kernels", "fly"], "kernels takes build or info, got fly"),
         (["chat", "--model", "nothing/at/all"], "nothing/at/all: there is no such model file"),
         (["chat", "--model", "MODEL", "--image", "words.png"], "words.png cannot be read as a picture"),
         (["chat", "--model", "lm.pth", "--image", "a.png"], "no vision encoder; it answers text only"),
+        (["merge", "--model", "MODEL", "--adapter", "nothing", "out"], "nothing: there is no adapter here"),
     ],
 )
 def test_mistakes_are_one_line(place, arguments, words):
@@ -113,7 +136,7 @@ def test_help():
     for arguments in ([], ["--help"]):
         done = command(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "chat,check-data,compose,convert,info,kernels,serve" in done.stdout
+        assert "chat,check-data,compose,convert,info,kernels,merge,serve" in done.stdout
     done = command("chat", "--help")
     assert done.returncode == 0
     assert "--max-new-tokens" in done.stdout

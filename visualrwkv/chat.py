@@ -14,11 +14,13 @@ from torch import Tensor
 
 from visualrwkv.checkpoint import load_model
 from visualrwkv.config import ImagePosition
+from visualrwkv.files import fingerprint
 from visualrwkv.generate import Answer, answer_all, close_turns, prefill, prefill_shared, stream
 from visualrwkv.model import Encoded, VisualRWKV
 from visualrwkv.rwkv.state import State
 from visualrwkv.sampling import Sampling
-from visualrwkv.saved import History, Question, Snapshot, Turn, fingerprint, load_snapshot, save_snapshot
+from visualrwkv.saved import History, Question, Snapshot, Turn, load_snapshot, save_snapshot
+from visualrwkv.task import load_task
 from visualrwkv.text.prompt import IMAGE_TAG, encode_conversation, literal
 from visualrwkv.vision.processor import Picture, make_processor
 
@@ -30,10 +32,16 @@ def load(
     vision: str | Path | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    task: str | Path | None = None,
     **overrides: Any,
 ) -> VLM:
-    """Open a model together with its tokenizer and image processor; formats, overrides and errors as `load_model`."""
-    return VLM(load_model(path, device, dtype, vision=vision, **overrides))
+    """Open a model together with its tokenizer and image processor; formats, overrides and errors as `load_model`.
+
+    task: a file that state tuning made, to start from (`VLM.use`).
+    """
+    vlm = VLM(load_model(path, device, dtype, vision=vision, **overrides))
+    vlm.use(task)
+    return vlm
 
 
 def as_list(pictures: Pictures) -> list[Picture]:
@@ -54,6 +62,19 @@ class VLM:
     def __init__(self, model: VisualRWKV):
         self.model = model.eval()
         self.processor = make_processor(model.config.vision) if model.config.vision else None
+        self.start: State | None = None  # what a conversation remembers before its first word, one row
+
+    def use(self, task: str | Path | None) -> None:
+        """Let later sessions and answers start from a task's state, or from nothing (None); sessions that exist keep theirs.
+
+        FileNotFoundError or ValueError in one sentence where the file is none, or was made for another model; then all
+        stays as it was.
+        """
+        self.start = None if task is None else load_task(task, self.model.rwkv)
+
+    def starts(self, rows: int) -> State | None:
+        """What so many conversations start from."""
+        return None if self.start is None else self.start.select([0] * rows)
 
     def prompt(self, pictures: int, text: str, image_position: ImagePosition | None = None) -> list[int]:
         """The ids of a question up to "Assistant:".
@@ -80,7 +101,7 @@ class VLM:
         """What may open the answer: (V,) fp32, after the full prompt template."""
         pictures = as_list(image)
         prompt = self.prompt(len(pictures), text, image_position)
-        logits, _ = prefill(self.model, [prompt], self.pixels(pictures))
+        logits, _ = prefill(self.model, [prompt], self.pixels(pictures), self.start)
         return logits[0].float()
 
     def answer(
@@ -124,11 +145,13 @@ class VLM:
         numbers = [[places.setdefault(name_of(p), len(places)) for p in asked] for asked in pictures]
         distinct = dict(zip((n for ns in numbers for n in ns), (p for ps in pictures for p in ps)))
         pixels = self.pixels([distinct[n] for n in range(len(places))])
+        start = self.starts(len(prompts))
         with torch.inference_mode():
             if pixels is None:
-                logits, state = prefill(self.model, prompts)
+                logits, state = prefill(self.model, prompts, None, start)
             else:
-                logits, state = prefill_shared(self.model, prompts, numbers, Encoded(self.model.encode(pixels)))
+                encoded = Encoded(self.model.encode(pixels))
+                logits, state = prefill_shared(self.model, prompts, numbers, encoded, start)
         answers = answer_all(self.model, logits, state, max_new_tokens, make_sampling(sampling))
         return [answer.text for answer in answers]
 
@@ -181,7 +204,7 @@ class Session:
 
     def __init__(self, vlm: VLM, pictures: Sequence[Picture] = ()):
         self.vlm = vlm
-        self._now = Snapshot(None, tuple(pictures))
+        self._now = Snapshot(vlm.start, tuple(pictures))
         self._before = History()
 
     @property
@@ -191,7 +214,7 @@ class Session:
 
     @property
     def state(self) -> State | None:
-        """All that the model remembers; None before the first question."""
+        """All that the model remembers; before the first question what a task brought, or None."""
         return self._now.state
 
     @property

@@ -229,9 +229,15 @@ def build(make: Callable[[Any], Any], config: Any, weights: Mapping[str, Tensor]
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
-def save_model(model: VisualRWKV, directory: str | Path, dtype: str | None = None) -> None:
-    """Write our directory's files; each is replaced whole, or left as it was if the writing fails."""
-    weights = {k: v.detach().to(DTYPES[dtype]) if dtype else v for k, v in model.state_dict().items()}
+def save_model(
+    model: VisualRWKV, directory: str | Path, dtype: str | None = None, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write our directory's files; each is replaced whole, or left as it was if the writing fails.
+
+    weights: in place of the model's own.
+    """
+    weights = model.state_dict() if weights is None else weights
+    weights = {k: v.detach().to(DTYPES[dtype]) if dtype else v for k, v in weights.items()}
     write_directory(Path(directory), {"model_type": MODEL_TYPE, **model.config.to_dict()}, weights)
 
 

@@ -19,6 +19,7 @@ class Chat:
 
     model: str  # a model directory or file
     image: tuple[Path, ...] = ()  # pictures to ask about
+    task: Path | None = None  # what state tuning made of this model: where the conversation starts
     device: str = "cpu"
     dtype: str = "float32"
     temperature: float = 0.0  # 0: the likeliest answer
@@ -65,6 +66,16 @@ class Convert(Told):
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Write a model with a LoRA adapter, of ours or of peft, in its weights."""
+
+    model: str  # the model that the adapter was trained on
+    adapter: Path  # the adapter's directory: adapter_config.json and adapter_model.safetensors
+    out: tyro.conf.Positional[Path]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class CheckData:
     """Look at every record and picture of a LLaVA file before a run."""
 
@@ -106,7 +117,7 @@ def chat(args: list[str]) -> None:
     from visualrwkv.chat import load
     from visualrwkv.vision.processor import open_picture
 
-    vlm = load(options.model, device=options.device, dtype=options.dtype)
+    vlm = load(options.model, device=options.device, dtype=options.dtype, task=options.task)
     session = vlm.session([open_picture(p) for p in options.image] or None)
     settings = {"temperature": options.temperature, "top_p": options.top_p, "max_new_tokens": options.max_new_tokens}
     shown = f" about {', '.join(p.name for p in options.image)}" if options.image else ""
@@ -175,6 +186,15 @@ def convert(args: list[str]) -> None:
         config = checkpoint.convert(options.file, options.out, **told(options))
     if config.vision:
         print(f"{config.image_tokens} image tokens, scan {config.scan}, position {config.image_position}")
+    print(f"wrote {options.out}")
+
+
+def merge(args: list[str]) -> None:
+    options = parse(Merge, args)
+
+    from visualrwkv.training.adapt import merge as join
+
+    join(options.model, options.adapter, options.out, options.dtype)
     print(f"wrote {options.out}")
 
 
@@ -248,6 +268,7 @@ COMMANDS = {
     "convert": convert,
     "info": info,
     "kernels": kernels,
+    "merge": merge,
     "serve": serve,
 }
 

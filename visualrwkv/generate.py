@@ -49,12 +49,20 @@ def common_start(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 @torch.inference_mode()
 def prefill_shared(
-    model: VisualRWKV, prompts: Sequence[Sequence[int]], pictures: Sequence[Sequence[int]], encoded: Encoded
+    model: VisualRWKV,
+    prompts: Sequence[Sequence[int]],
+    pictures: Sequence[Sequence[int]],
+    encoded: Encoded,
+    state: State | None = None,
 ) -> tuple[Tensor, State]:
     """`prefill` that reads once what prompts about the same pictures begin with, where all these pictures lie in it.
 
-    pictures: for each prompt, which of the encoded pictures its placeholders stand for, in order.
+    pictures: for each prompt, which of the encoded pictures its placeholders stand for, in order; state: where all go on
+    from, the same in every row.
     """
+
+    def begin(rows: Sequence[int]) -> State | None:
+        return None if state is None else state.select(list(rows))
 
     def pick(rows: Sequence[int]) -> Encoded:
         return Encoded(encoded.features[[number for row in rows for number in pictures[row]]])
@@ -76,16 +84,17 @@ def prefill_shared(
             alone += rows
     parts = []
     if heads:
-        _, state = prefill(model, [head for _, head in heads], pick([row for row, _ in heads]))
+        firsts = [row for row, _ in heads]
+        _, after = prefill(model, [head for _, head in heads], pick(firsts), begin(firsts))
         rests = [prompts[row][len(heads[head][1]) :] for row, head in zip(shared, start)]
-        parts.append(prefill(model, rests, None, state.select(start)))
+        parts.append(prefill(model, rests, None, after.select(start)))
     if alone:
-        parts.append(prefill(model, [prompts[row] for row in alone], pick(alone)))
+        parts.append(prefill(model, [prompts[row] for row in alone], pick(alone), begin(alone)))
     order = [*shared, *alone]
     if len(parts) == 1 and order == sorted(order):
         return parts[0]
     place = torch.tensor(order).argsort().to(model.device)
-    return torch.cat([logits for logits, _ in parts])[place], State.cat([state for _, state in parts]).select(place)
+    return torch.cat([logits for logits, _ in parts])[place], State.cat([part for _, part in parts]).select(place)
 
 
 @torch.inference_mode()

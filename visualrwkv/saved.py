@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import uuid
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from visualrwkv.config import RWKVConfig
 from visualrwkv.files import write_whole
@@ -25,7 +24,6 @@ from visualrwkv.rwkv.state import State
 from visualrwkv.vision.processor import Picture, open_picture
 
 FORMAT, FORMAT_VERSION = "visualrwkv-session", 1
-SOME = 4096  # numbers of a tensor that its model is known by
 PARTS = ("att_shift", "ffn_shift", "wkv")
 KEPT = 8  # snapshots that stay in memory
 
@@ -56,18 +54,6 @@ class Snapshot:
     waiting: tuple[Picture, ...] = ()
     turns: tuple[Turn, ...] = ()
     asked: Question | None = None
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Twelve hex digits that name a model by its numbers, whatever the file and the dtype that they come from.
-
-    Of every tensor some numbers, rounded to bf16: quick at any size, and no training leaves all of them where they were.
-    """
-    found = hashlib.sha256()
-    for name, x in sorted(model.state_dict().items()):
-        some = x.detach().flatten()[:: max(x.numel() // SOME, 1)].to("cpu", torch.bfloat16)
-        found.update(f"{name} {tuple(x.shape)}".encode() + some.view(torch.int16).numpy().tobytes())
-    return found.hexdigest()[:12]
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from tests.rwkv.equations import Weights, language_model
 from visualrwkv.config import RWKVConfig
 from visualrwkv.model import LANGUAGE_MODELS
 from visualrwkv.rwkv.network import Order
+from visualrwkv.rwkv.state import State
 
 CONFIGS = [
     RWKVConfig(3, 32, 16, 70, version=5),
@@ -37,9 +38,9 @@ def single(net, config):
 
 @pytest.fixture(scope="module")
 def equations(net, config):
-    """equations(ids): the hidden states (T, C) of one sequence."""
+    """equations(ids, start=None): the hidden states (T, C) of one sequence."""
     weights = Weights({k: v.numpy() for k, v in net.state_dict().items()})
-    return lambda ids: language_model(weights["emb.weight"][ids.numpy()], weights, config)
+    return lambda ids, start=None: language_model(weights["emb.weight"][ids.numpy()], weights, config, start)
 
 
 def row(*lengths):
@@ -93,6 +94,49 @@ def test_the_given_state_is_not_changed(net):
     _, after = net(net.emb(ids), bounds, state)
     torch.testing.assert_close(vars(state), before, rtol=0, atol=0)
     assert not torch.equal(after.wkv, state.wkv)
+
+
+def random_start(config, seed=0):
+    """Matrices (L, H, N, N) to start from, [value, key]."""
+    H, N = config.n_head, config.head_size
+    return torch.randn(config.n_layer, H, N, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def ours(start, config):
+    """The same as a `State` has them."""
+    return start if config.version == 7 else start.transpose(-1, -2)
+
+
+def test_every_sequence_of_a_row_starts_from_what_is_given(net, equations, config):
+    lengths, start = (7, 1, 12), random_start(config)
+    ids, bounds = row(*lengths)
+    hidden, _ = net(net.emb(ids), bounds, State.starting(ours(start, config), 3))
+    for part, found in zip(ids.split(lengths), hidden.split(lengths)):
+        np.testing.assert_allclose(found.numpy(), equations(part, start.numpy()), atol=1e-9)
+    assert not np.allclose(hidden[:7].numpy(), equations(ids[:7]), atol=1e-2)
+
+
+def test_the_gradient_of_the_initial_state(single, equations, config):
+    """Summed over the sequences of a packed row, in fp32, against differences of the equations in float64."""
+    lengths, step = (7, 1, 12), 1e-5
+    ids, bounds = row(*lengths)
+    start, way = random_start(config), random_start(config, 1)
+    reader = torch.randn(20, config.n_embd, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def total(at):
+        read = zip(ids.split(lengths), reader.split(lengths))
+        return sum((equations(part, at.numpy()) * weights.numpy()).sum() for part, weights in read)
+
+    wkv = ours(start, config).float().requires_grad_()
+    hidden, _ = single(single.emb(ids), bounds, State.starting(wkv, 3))
+    (hidden * reader.float()).sum().backward()
+    gradient = ours(wkv.grad.double(), config)
+    for layer in range(config.n_layer):  # along a direction that only this layer takes
+        only = torch.zeros_like(way)
+        only[layer] = way[layer]
+        slope = (total(start + step * only) - total(start - step * only)) / (2 * step)
+        assert abs(slope) > 1e-2
+        assert (gradient * only).sum().item() == pytest.approx(slope, rel=2e-3, abs=2e-3)
 
 
 @pytest.mark.parametrize("first", [False, True])

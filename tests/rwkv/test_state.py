@@ -46,5 +46,15 @@ def test_zeros_is_the_state_before_anything_was_read(randomise):
     assert torch.equal(fresh, given)
 
 
+def test_what_has_read_nothing_but_remembers():
+    wkv = torch.randn(3, 2, 16, 16)
+    state = State.starting(wkv, 4)
+    assert len(state) == 4
+    assert {k: v.shape for k, v in vars(state).items()} == {k: v.shape for k, v in vars(State.zeros(CONFIG, 4)).items()}
+    assert not state.att_shift.any()
+    assert not state.ffn_shift.any()
+    assert all(torch.equal(state.wkv[:, row], wkv) for row in range(4))
+
+
 def test_nbytes():
     assert State.zeros(CONFIG, 2).nbytes() == 4 * 3 * 2 * (32 + 32 + 2 * 16 * 16)

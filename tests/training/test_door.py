@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from visualrwkv.chat import load
 from visualrwkv.checkpoint import load_model, save_model
 from visualrwkv.training.data import Conversations
 from visualrwkv.training.packing import plan_epoch
@@ -42,8 +44,8 @@ def place(tmp_path_factory, tiny_model, picture):
 RECIPE = ("--tokens", "80", "--steps", "6", "--warmup", "0", "--no-bf16", "--lr", "1e-2")
 
 
-def command(place: Path, out: str, *options: str, data: str = "data.json") -> list[str]:
-    files = ["--stage", "finetune", "--model", place / "model", "--data", place / data, "--out", place / out]
+def command(place: Path, out: str, *options: str, data: str = "data.json", stage: str = "finetune") -> list[str]:
+    files = ["--stage", stage, "--model", place / "model", "--data", place / data, "--out", place / out]
     return [sys.executable, "-m", "visualrwkv.training", *map(str, files), *RECIPE, *options]
 
 
@@ -58,14 +60,14 @@ def run(told: list[str], **variables: object) -> subprocess.CompletedProcess:
     )
 
 
-def train(place: Path, out: str, *options: str, data: str = "data.json") -> subprocess.CompletedProcess:
-    return run(command(place, out, *options, data=data))
+def train(place: Path, out: str, *options: str, **files: str) -> subprocess.CompletedProcess:
+    return run(command(place, out, *options, **files))
 
 
-def train_on_two(place: Path, out: str, *options: str) -> subprocess.CompletedProcess:
+def train_on_two(place: Path, out: str, *options: str, script: str = "finetune") -> subprocess.CompletedProcess:
     """Two ranks, by the script that users call."""
     files = {"MODEL": place / "model", "DATA": place / "data.json", "OUT": place / out}
-    return run(["bash", "scripts/finetune.sh", *RECIPE, *options], RANKS=2, **files)
+    return run(["bash", f"scripts/{script}.sh", *RECIPE, *options], RANKS=2, **files)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -261,6 +263,8 @@ def test_a_record_that_fails_is_left_out_and_counted(place):
         (["--zero", "7"], "7"),
         (["--samples"], "--watch"),
         (["--tokens", "10"], "more than the budget of 10"),
+        (["--lora", "4", "--lora-targets", "att.key", "att.kye"], "lora_targets has 'att.kye', and no matrix"),
+        (["--lora-alpha", "4"], "give a rank as well"),
         (["--zero", "3", "--optimizer", "adamw", "--watch", "data.json"], "--watch"),
     ],
 )
@@ -291,3 +295,78 @@ def test_stage_one_from_public_files(place, tiny_model):
     assert all(torch.equal(found[f"rwkv.{k}"], v) for k, v in given.items())  # stage 1 trains the projector alone
     assert all(torch.equal(found[f"vit.vision_model.{k}"], v) for k, v in clip.state_dict().items())
     assert found["proj.weight"].shape == (32, 64)
+
+
+# With little ---------------------------------------------------------------------------------------------------------
+
+MANY = ("--accumulate", "2", "--steps", "12", "--optimizer", "adamw")
+LITTLE: dict[str, tuple[str, ...]] = {
+    "state": (*MANY, "--lr", "1"),
+    "lora": (*MANY, "--lora", "4", "--lora-targets", "att.key", "ffn.key", "ffn.value"),
+}
+
+
+def learned(out: Path) -> dict[str, torch.Tensor]:
+    """What a run with little has trained."""
+    file = out / "state.safetensors"
+    return load_file(file if file.exists() else out / "adapter/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module", params=LITTLE)
+def little(request, place) -> str:
+    """A kind of such a run, of which one is at place / kind."""
+    kind = request.param
+    pytest.importorskip("peft", reason="peft is not installed")
+    done = train(place, kind, *LITTLE[kind], stage="state" if kind == "state" else "finetune")
+    assert done.returncode == 0, done.stderr
+    assert ("initial state" if kind == "state" else "adapters") in done.stderr
+    return kind
+
+
+def test_a_run_with_little_learns_and_leaves_little(little, place, picture):
+    out = place / little
+    assert losses(out)[-1] < losses(out)[0] - 0.1
+    assert not (out / "checkpoints").exists()
+    if little == "state":
+        assert not (out / "model.safetensors").exists()
+        plain, tuned = load(place / "model"), load(place / "model", task=out)
+        assert not torch.allclose(*(vlm.next_token_logits(picture(0), "What?") for vlm in (plain, tuned)), atol=1e-2)
+        return
+    before, after = weights(place / "model"), weights(out)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    matrices = {f"rwkv.blocks.{i}.{k}.weight" for i in range(4) for k in ("att.key", "ffn.key", "ffn.value")}
+    assert moved == matrices | {name for name in after if name.startswith("proj.")}
+    told = ["-m", "visualrwkv.cli", "merge", "--model", place / "model", "--adapter", out / "adapter", place / "merged"]
+    assert run([sys.executable, *map(str, told)]).returncode == 0
+    for name, tensor in weights(place / "merged").items():
+        torch.testing.assert_close(tensor, after[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("zero", ["1", "3"])
+def test_two_ranks_do_the_same_with_little(little, place, zero):
+    options = (*LITTLE[little], "--accumulate", "1", "--zero", zero)
+    done = train_on_two(
+        place, f"two-{little}-{zero}", *options, script="tune_state" if little == "state" else "finetune"
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = learned(place / little)
+    for name, tensor in learned(place / f"two-{little}-{zero}").items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_killed_with_little_it_goes_on_bit_for_bit(little, place):
+    options = (*LITTLE[little], "--save-every", "2")
+    stage, out = "state" if little == "state" else "finetune", place / f"killed-{little}"
+    told = command(place, out.name, *options, stage=stage)
+    running = subprocess.Popen(told, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    wait_for_steps(out, 3)
+    running.kill()
+    running.wait()
+    assert (out / "checkpoints/latest").exists()
+    kept = [f for f in (out / "checkpoints").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in kept) < 2e6, "nothing of what is frozen"
+    done = run(told)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == losses(place / little)
+    for name, tensor in learned(place / little).items():
+        assert torch.equal(tensor, learned(out)[name]), name

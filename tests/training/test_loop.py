@@ -188,6 +188,17 @@ def test_a_run_keeps_its_directory(tiny_model, engines, data, capsys):
         train(tiny_model(image_tokens=4), run_of(data, "photos"), recipe)
 
 
+def test_a_run_of_before_a_setting_was_known_goes_on(tiny_model, engines, data, capsys):
+    run, recipe = run_of(data, "out"), Recipe(steps=1, tokens=60)
+    assert train(tiny_model(image_tokens=4), run, recipe)
+    known = json.loads((run.out / "recipe.json").read_text())
+    (run.out / "recipe.json").write_text(json.dumps({k: v for k, v in known.items() if not k.startswith("lora")}))
+    assert train(tiny_model(image_tokens=4), run, recipe)
+    assert "is finished" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds a run with lora 0, not 4; set OUT"):
+        train(tiny_model(image_tokens=4), run, replace(recipe, lora=4))
+
+
 def test_changed_records_are_noticed(tiny_model, engines, data):
     run, recipe = run_of(data, "out"), Recipe(steps=1, tokens=60)
     assert train(tiny_model(image_tokens=4), run, recipe)

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from visualrwkv.training.adapt import add_adapters
 from visualrwkv.training.optim import freeze, learning_rate, make_optimizer
 from visualrwkv.training.recipes import RECIPES, Recipe
 
@@ -42,6 +43,7 @@ TRAINED = {
     "language": lambda name: name.startswith("rwkv."),
     "pretrain": lambda name: name.startswith("proj."),
     "finetune": lambda name: name.startswith(("proj.", "rwkv.")) and name != "rwkv.emb.weight",
+    "state": lambda name: False,
 }
 
 
@@ -52,7 +54,8 @@ def test_a_stage_trains_its_parameters_only(tiny_model, stage):
     wanted = {name for name, _ in model.named_parameters() if TRAINED[stage](name)}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
     assert {id(p) for p in parameters} == {id(p) for name, p in model.named_parameters() if name in wanted}
-    assert len(parameters) == len(wanted) > 0
+    assert len(parameters) == len(wanted)
+    assert wanted or stage == "state"
     freeze(model, "pretrain")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if name.startswith("proj.")
@@ -60,7 +63,7 @@ def test_a_stage_trains_its_parameters_only(tiny_model, stage):
 
 
 def test_unknown_stage(tiny_model):
-    with pytest.raises(ValueError, match="stage is 'sft'; allowed are language, pretrain, finetune"):
+    with pytest.raises(ValueError, match="stage is 'sft'; allowed are language, pretrain, finetune, state"):
         freeze(tiny_model(vocab_size=300), "sft")
 
 
@@ -125,6 +128,18 @@ def test_muon_takes_the_matrices_of_the_blocks_and_goes_on_from_its_state(tiny_m
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("stage", ["language", "finetune"])
+def test_adapters_are_adamws(tiny_model, stage):
+    pytest.importorskip("peft")
+    model, recipe = tiny_model(vocab_size=300), Recipe(optimizer="muon", lora=4)
+    freeze(model, stage)
+    add_adapters(model, stage, recipe)
+    optimizer = make_optimizer(model, recipe)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert taken == {id(p) for p in model.parameters() if p.requires_grad}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -135,6 +150,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_goes_on_from_its_state(tiny_m
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; allowed are adamw, muon"),
         ({"optimizer": "muon", "zero": 2}, "zero is 2; take zero 0 or optimizer adamw"),
         ({"zero": 4}, "zero is 4; allowed are 0, 1, 2, 3"),
+        ({"lora": -1}, "lora is -1"),
+        ({"lora_alpha": 8.0}, "lora is 0; give a rank as well"),
+        ({"lora_targets": ("att.key",)}, "lora is 0; give a rank as well"),
         ({"image_position": "left"}, "image_position is 'left'"),
     ],
 )

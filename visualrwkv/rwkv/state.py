@@ -34,6 +34,13 @@ class State:
         return cls(shift, shift.clone(), torch.zeros(L, sequences, H, N, N, device=device))
 
     @classmethod
+    def starting(cls, wkv: Tensor, sequences: int = 1) -> State:
+        """What so many sequences start from that have read nothing but remember these matrices (L, H, N, N)."""
+        L, H, N, _ = wkv.shape
+        shift = wkv.new_zeros(L, sequences, H * N)
+        return cls(shift, shift, wkv[:, None].expand(-1, sequences, -1, -1, -1))
+
+    @classmethod
     def cat(cls, states: Sequence[State]) -> State:
         """One state with the sequences of all, in order."""
         return cls(*(torch.cat(parts, 1) for parts in zip(*((s.att_shift, s.ffn_shift, s.wkv) for s in states))))

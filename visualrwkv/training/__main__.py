@@ -44,6 +44,8 @@ def main() -> None:
     recipe = parse(Recipe, [a for a in rest if not a.startswith("--local_rank")], default=defaults)
     if bool(options.model) == bool(options.lm and options.vision):
         raise ValueError("give either a model, or a language model (LM) and a vision encoder (VISION) to compose one")
+    if options.stage == "state" and not options.model:
+        raise ValueError("stage state needs a whole model (MODEL): its file will be for that one alone")
     if options.watch and recipe.zero == 3:
         raise ValueError(
             "--watch asks one rank's model, and with --zero 3 no rank has a whole one: leave one of them out"

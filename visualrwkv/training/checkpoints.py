@@ -32,18 +32,19 @@ class Run:
 
 
 def claim(run: Run, recipe: Recipe, ranks: int) -> None:
-    """Make the directory this run's; ValueError if it is another's."""
+    """Make the directory this run's; ValueError if it is another's. A setting that it was too early to know is as it always was."""
+    settings = json.loads(json.dumps(asdict(recipe)))
     mine = {
         "stage": run.stage,
         "data": str(run.data),
         "images": str(run.images),
         "source": run.source,
         "ranks": ranks,
-        **asdict(recipe),
+        **settings,
     }
     file = run.out / "recipe.json"
     if file.exists():
-        theirs = json.loads(file.read_text())
+        theirs = json.loads(json.dumps(asdict(Recipe()))) | json.loads(file.read_text())
         changed = [k for k in mine if theirs.get(k) != mine[k]]
         if changed:
             k = changed[0]

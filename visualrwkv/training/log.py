@@ -14,15 +14,21 @@ from visualrwkv.training.recipes import Stage
 
 
 def table(model: VisualRWKV, stage: Stage) -> str:
-    """What is trained and what is frozen, with numbers of parameters."""
+    """What is trained and what is frozen, with numbers of parameters; of adapters and of a state on lines of their own."""
     rows = [f"{stage}: parameters       trained        frozen"]
     parts = {"vit": model.vit, "proj": model.proj, "rwkv.emb": model.rwkv.emb, "rwkv.blocks": model.rwkv.blocks}
     parts |= {"rwkv.ln_out": model.rwkv.ln_out, "rwkv.head": model.rwkv.head}
     for name, part in parts.items():
         if part is None:
             continue
-        counts = [sum(p.numel() for p in part.parameters() if p.requires_grad is flag) for flag in (True, False)]
+        own = [p for key, p in part.named_parameters() if ".lora_" not in key]
+        counts = [sum(p.numel() for p in own if p.requires_grad is flag) for flag in (True, False)]
         rows.append(f"  {name:<16}{counts[0]:>14,}{counts[1]:>14,}")
+    if adapters := sum(p.numel() for key, p in model.named_parameters() if ".lora_" in key):
+        rows.append(f"  {'adapters':<16}{adapters:>14,}{0:>14,}")
+    if stage == "state":
+        sizes = model.config.rwkv
+        rows.append(f"  {'initial state':<16}{sizes.n_layer * sizes.n_embd * sizes.head_size:>14,}{0:>14,}")
     return "\n".join(rows)
 
 

@@ -1,7 +1,8 @@
 """The training loop: one stage of one model under DeepSpeed, the same on a laptop's CPU and on many GPUs.
 
-A run is a directory: the model as soon as it is trained, `recipe.json`, `deepspeed.json`, `metrics.jsonl`, `loss.png`,
-`tensorboard/`, `index.npz` (what is known of the records), and `checkpoints/` from which the same command goes on.
+A run is a directory: the model as soon as it is trained (`adapt.leave`: or the state, and LoRA's `adapter/`), `recipe.json`,
+`deepspeed.json`, `metrics.jsonl`, `loss.png`, `tensorboard/`, `index.npz` (what is known of the records), and `checkpoints/`
+from which the same command goes on.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from visualrwkv.checkpoint import WEIGHTS, save_model
+from visualrwkv.files import fingerprint
 from visualrwkv.model import VisualRWKV
+from visualrwkv.training.adapt import add_adapters, leave, result_of
 from visualrwkv.training.checkpoints import Checkpoints, Run, put
 from visualrwkv.training.data import Batch, Conversations, load_batches
 from visualrwkv.training.engine import (
@@ -54,14 +57,17 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Watch | None = Non
     ranks = world.size, recipe.accumulate
     plan = Plan(data.lengths, recipe.tokens, recipe.seed, *ranks, recipe.look_ahead, data.source.order)
     total = recipe.steps or plan.steps(recipe.epochs)
-    if (run.out / WEIGHTS).exists():
+    if (run.out / result_of(run.stage)).exists():
         if world.chief:
             print(f"{run.out} is finished; set OUT to train again beside it", file=sys.stderr)
         return True
+    made_for = fingerprint(model.rwkv) if recipe.lora or run.stage == "state" else ""
     freeze(model, run.stage)
+    if recipe.lora:
+        add_adapters(model, run.stage, recipe)
     if world.chief:
         print(table(model, run.stage), summary(data, plan, total), sep="\n", file=sys.stderr)
-    trainer = Trainer(model, run, recipe, world, data, settings, watch)
+    trainer = Trainer(model, run, recipe, world, data, settings, watch, made_for)
     with other_ranks(world.rank):
         finished = trainer.steps(plan, total)
         if finished:
@@ -81,20 +87,22 @@ class Trainer:
         data: Conversations,
         settings: dict[str, Any],
         watch: Watch | None,
+        made_for: str,
     ):
         import deepspeed
 
         self.model, self.run, self.recipe, self.world, self.data, self.watch = model, run, recipe, world, data, watch
+        self.made_for = made_for
         answers, words = (set(seen.nonzero()[0].tolist()) for seen in (data.index.answers, data.index.words))
         wake_head(model.rwkv.head.weight, answers)
         rows = None if recipe.l2wrap else distinct_rows(model.rwkv.head.weight, answers)
-        few_words = run.stage == "language" and len(words) < 0.9 * model.config.rwkv.vocab_size
+        few_words = run.stage == "language" and not recipe.lora and len(words) < 0.9 * model.config.rwkv.vocab_size
         known = torch.tensor(sorted(words), device=model.device) if few_words else None
         # With ZeRO 3 each part of the encoder is gathered when it runs: a rank that leaves it out would let the others wait.
         features = Features(recipe.features_gb * 1e9 if recipe.zero < 3 else 0, self.shelf())
         if recipe.recompute:
             recompute_blocks(model.rwkv, recipe.zero)
-        self.objective = Objective(model, recipe, rows, known, features)
+        self.objective = Objective(model, recipe, rows, known, features, state_tuning=run.stage == "state")
         data.read = features  # workers have a copy that stays empty: they open every picture
         trained = [p for p in self.objective.parameters() if p.requires_grad]
         own = "optimizer" in settings  # a user's JSON brings its own
@@ -239,7 +247,7 @@ class Trainer:
         seen: dict[str, float] = {}
         if self.watch and self.watch.due(step):
             self.objective.spread()
-            seen = self.watch()
+            seen = self.watch(self.objective.starts(1), partial(leave, self.objective, made_for=self.made_for))
             if self.watch.out:
                 self.log.picture("answers", self.watch.draw(step), step)
         rate = self.log.add(step, seconds=seconds, **figures, **seen)  # type: ignore[arg-type]
@@ -251,8 +259,7 @@ class Trainer:
         """Write the model and let the checkpoints go."""
         with gathered(self.objective, self.recipe.zero):
             if self.world.chief:
-                self.objective.spread()
-                save_model(self.model, self.run.out)
+                leave(self.objective, self.run.out, self.made_for)
         if self.log:
             self.log.draw(self.run.stage)
             self.log.close()

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visualrwkv.model import VisualRWKV
+from visualrwkv.rwkv.state import State
 from visualrwkv.training.data import Batch
 from visualrwkv.training.features import Features
 from visualrwkv.training.loss import packed_loss
@@ -21,7 +22,8 @@ class Objective(nn.Module):
 
     With `rows` (`distinct_rows`), these rows of the head are trained as a parameter of their own, `few`, and with `words`
     (U,), the ids that occur, rising, these rows of the embedding (text alone): gradients and optimizer states of the many
-    others would cost a third of a small model's step. `spread` puts them back.
+    others would cost a third of a small model's step. `spread` puts them back. With `state_tuning`, what each sample
+    starts from is a parameter, `start` (L, H, N, N).
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Objective(nn.Module):
         rows: Tensor | None = None,
         words: Tensor | None = None,
         features: Features | None = None,
+        state_tuning: bool = False,
     ):
         super().__init__()
         self.model, self.recipe, self.rows, self.words = model, recipe, rows, words
@@ -40,6 +43,8 @@ class Objective(nn.Module):
         self.few = None if rows is None else nn.Parameter(head.detach()[rows], requires_grad=head.requires_grad)
         self.alike = 1 if rows is None else len(head) - len(rows) + 1
         self.known = None if words is None else nn.Parameter(emb.detach()[words])
+        shape = State.zeros(model.config.rwkv).wkv[:, 0]
+        self.start = nn.Parameter(shape.to(model.device)) if state_tuning else None
         if rows is not None:
             head.requires_grad_(False)
         if words is not None:
@@ -54,7 +59,8 @@ class Objective(nn.Module):
         with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
             if self.known is None or self.words is None:
                 images = self.features.of(self.model, batch)
-                hidden = self.model.hidden(batch.ids[None], images, cu_seqlens=batch.cu_seqlens)[0][0]
+                state = self.starts(batch.samples)
+                hidden = self.model.hidden(batch.ids[None], images, state, batch.cu_seqlens)[0][0]
             else:
                 x = nn.functional.embedding(torch.searchsorted(self.words, batch.ids), self.known)
                 hidden = self.model.rwkv(x, batch.cu_seqlens, None, None)[0]
@@ -63,6 +69,10 @@ class Objective(nn.Module):
             if not batch.pictures and self.known is None:
                 loss = loss + self.without_pictures(hidden)
         return loss
+
+    def starts(self, samples: int) -> State | None:
+        """What so many samples start from; None: from nothing."""
+        return None if self.start is None else State.starting(self.start.float(), samples)
 
     def without_pictures(self, hidden: Tensor) -> Tensor | float:
         """Zero, by way of the parts that a batch of text leaves out: other ranks wait for them.
@@ -83,7 +93,7 @@ class Objective(nn.Module):
     def spread(self) -> None:
         """Write the trained rows into the model's head and embedding."""
         head, emb = self.model.rwkv.head.weight, self.model.rwkv.emb.weight
-        if self.few is not None and self.rows is not None:
+        if self.few is not None and self.rows is not None and self.few.requires_grad:
             head.copy_(self.few[-1].expand_as(head))
             head[self.rows[:-1]] = self.few[:-1]
         if self.known is not None and self.words is not None:

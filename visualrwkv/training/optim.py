@@ -16,11 +16,13 @@ from visualrwkv.training.recipes import STAGES, Recipe, Stage
 def freeze(model: VisualRWKV, stage: Stage) -> list[nn.Parameter]:
     """Leave only the stage's parameters trainable and return them.
 
-    language: all of the RWKV; pretrain: the projector; finetune: projector and RWKV without its embedding. The vision
-    encoder is frozen in all of them.
+    language: all of the RWKV; pretrain: the projector; finetune: projector and RWKV without its embedding; state: none.
+    The vision encoder is frozen in all of them.
     """
     choose("stage", stage, STAGES)
     model.requires_grad_(False)
+    if stage == "state":
+        return []
     if stage != "pretrain":
         model.rwkv.requires_grad_(True)
     if stage == "finetune":
@@ -61,9 +63,9 @@ class MuonAdamW(torch.optim.Optimizer):
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer for what is trainable in `model`; vectors are not decayed. Rates are set before each step."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    blocks = [
-        p for name, p in named if ".blocks." in name and p.dim() == 2 and not name.endswith(("time_faaaa", "r_k"))
-    ]
+    small = ("time_faaaa", "r_k")
+    blocks = [p for name, p in named if ".blocks." in name and p.dim() == 2 and not name.endswith(small)]
+    blocks = [] if any(".lora_" in name for name, _ in named) else blocks  # adapters are too thin for it
     muon = blocks if recipe.optimizer == "muon" else []
     mine = {id(p) for p in muon}
     rest = [p for _, p in named if id(p) not in mine]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from visualrwkv.model import VisualRWKV
+from visualrwkv.training.adapt import check_adaptation
 from visualrwkv.training.checkpoints import Run, claim
 from visualrwkv.training.data import Conversations
 from visualrwkv.training.engine import World, deepspeed_config
@@ -16,6 +17,7 @@ def prepare(model: VisualRWKV, run: Run, recipe: Recipe, world: World) -> tuple[
     """The records, looked at by one rank of each machine, and DeepSpeed's settings; the run's directory is claimed."""
     error: Exception | None = None
     try:
+        check_adaptation(model, run.stage, recipe)
         settings = deepspeed_config(recipe, world.size, run.deepspeed)
         how = (recipe.image_position, recipe.tokens, recipe.bad, recipe.frames, recipe.seed)
         data = Conversations(run.data, run.images, model.config, *how)

@@ -163,7 +163,7 @@ def main() -> None:
         "test": options.test,
         "encoder": asdict(EncoderRecipe()),
         "retell": asdict(replace(RECIPES["nano"]["language"], **RETELL)),
-        **{stage: asdict(r) for stage, r in RECIPES["nano"].items()},
+        **{stage: asdict(RECIPES["nano"][stage]) for stage in ("language", "pretrain", "finetune")},
     }
     phase = Phases(options, json.loads(json.dumps(recipe)))
     data, encoder, retell, language = HOME / "data", HOME / "encoder", HOME / "retell", HOME / "language"

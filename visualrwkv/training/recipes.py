@@ -12,9 +12,10 @@ POSITIONS = ("first", "middle", "last", "mixed")
 """Where pictures stand; mixed: first in half of the records, middle in the others, so that one model learns both."""
 Policy = Literal["error", "skip"]
 Offload = Literal["none", "optimizer", "all"]
-Stage = Literal["language", "pretrain", "finetune"]
-STAGES: tuple[str, ...] = ("language", "pretrain", "finetune")
-"""language: the whole language model, text alone; pretrain: projector only; finetune: projector and RWKV."""
+Stage = Literal["language", "pretrain", "finetune", "state"]
+STAGES: tuple[str, ...] = ("language", "pretrain", "finetune", "state")
+"""language: the whole language model, text alone; pretrain: projector only; finetune: projector and RWKV; state: nothing of
+the model, but the state that every sample starts from."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Recipe:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0  # gradient norm
+    lora: int = 0  # rank of adapters that are trained in place of the language model; 0: the model itself is
+    lora_alpha: float = 0.0  # they count alpha / rank times; 0: twice
+    lora_targets: tuple[
+        str, ...
+    ] = ()  # what the names of their matrices end in, such as att.key; none: all of the blocks
     l2wrap: bool = False  # hold the largest logits down as RWKV-LM does; costs the logits of every position
     image_position: Position = "middle"  # mixed: first in half of the records, middle in the others
     frames: int = 8  # of a video
@@ -60,9 +66,24 @@ class Recipe:
         for name in ("tokens", "accumulate", "save_every", "look_ahead", "frames", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("steps", "warmup", "workers", "lr", "lr_final", "muon_lr", "weight_decay", "spike"):
+        for name in (
+            "steps",
+            "warmup",
+            "workers",
+            "lr",
+            "lr_final",
+            "muon_lr",
+            "weight_decay",
+            "spike",
+            "lora",
+            "lora_alpha",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if (self.lora_alpha or self.lora_targets) and not self.lora:
+            raise ValueError(
+                "lora_alpha and lora_targets say how, and lora is 0; give a rank as well, such as --lora 16"
+            )
         if self.steps == 0 and self.epochs <= 0:
             raise ValueError(f"epochs is {self.epochs} and steps 0; one of them must be above 0")
         if self.zero not in (0, 1, 2, 3):
@@ -104,6 +125,7 @@ def published(position: Position, lr: float, lr_final: float, pretrain_final: fl
         "language": Recipe(**stage2),
         "pretrain": Recipe(accumulate=10, lr=1e-3, lr_final=pretrain_final, image_position="first", **stage1),
         "finetune": Recipe(accumulate=5, lr=lr, lr_final=lr_final, image_position=position, **stage2),
+        "state": Recipe(lr=1e-2, lr_final=1e-4, warmup=10, image_position=position, **stage2),
     }
 
 
@@ -121,6 +143,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "language": Recipe(steps=320, lr=3e-3, lr_final=1e-3, **NANO),
         "pretrain": Recipe(steps=120, lr=5e-3, lr_final=1e-3, **NANO),
         "finetune": Recipe(steps=680, lr=2e-3, lr_final=1e-4, muon_lr=0.01, save_every=200, **NANO),
+        "state": Recipe(steps=100, lr=10.0, lr_final=1.0, **NANO),
     },
     "v6.0": V6["1b6"],
     **{f"v6.0-{size}": stages for size, stages in V6.items()},

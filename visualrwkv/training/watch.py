@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from visualrwkv.chat import VLM
 from visualrwkv.checkpoint import save_model
 from visualrwkv.model import VisualRWKV
+from visualrwkv.rwkv.state import State
 from visualrwkv.text.prompt import IMAGE_TAG
 from visualrwkv.training.records import read_record
 from visualrwkv.training.sheet import contact_sheet
@@ -56,10 +59,11 @@ class Watch:
         """Whether this step is one to look at."""
         return (step + 1) % self.every == 0
 
-    def __call__(self) -> dict[str, float]:
-        """Accuracies now."""
+    def __call__(self, start: State | None = None, keep: Callable[[Path], None] | None = None) -> dict[str, float]:
+        """Accuracies now, of answers that start from that state of one row; keep: writes what is to be kept in `best`."""
         self.model.eval()
         vlm = VLM(self.model)
+        vlm.start = start
         figures = {}
         for name, questions in (("seeing", self.questions), ("blind", [(None, text) for _, text in self.questions])):
             given = vlm.answer_batch(questions, max_new_tokens=8)
@@ -72,7 +76,7 @@ class Watch:
         self.model.train()
         if self.best and figures["seeing"] > self.score:
             self.score = figures["seeing"]
-            save_model(self.model, self.best)
+            (keep or partial(save_model, self.model))(self.best)
         return figures
 
     def draw(self, step: int) -> Path:

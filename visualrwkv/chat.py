@@ -21,7 +21,7 @@ from visualrwkv.rwkv.state import State
 from visualrwkv.sampling import Sampling
 from visualrwkv.saved import History, Question, Snapshot, Turn, load_snapshot, save_snapshot
 from visualrwkv.task import load_task
-from visualrwkv.text.prompt import IMAGE_TAG, encode_conversation, literal
+from visualrwkv.text.prompt import IMAGE_TAG, as_typed, encode_conversation, literal
 from visualrwkv.vision.processor import Picture, make_processor
 
 Pictures = Picture | Sequence[Picture] | None
@@ -252,7 +252,7 @@ class Session:
         asked = Question(text, tuple(as_list(image)), dict(sampling, max_new_tokens=max_new_tokens))
         if image_position:
             asked.settings["image_position"] = image_position
-        turn = Turn(text, answer.text, (*prompt, *answer.read()))
+        turn = Turn(as_typed(text), answer.text, (*prompt, *answer.read()))
         state = close_turns(model, [answer])
         self._before.push(replace(now, asked=asked))
         self._now = Snapshot(state, (), (*now.turns, turn))

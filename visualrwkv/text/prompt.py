@@ -37,9 +37,14 @@ def literal(text: str) -> str:
     return text.replace(IMAGE_TAG, LITERAL_TAG).translate(TURN_BYTES)
 
 
+def as_typed(text: str) -> str:
+    """What `literal` made, as a person reads it."""
+    return text.replace(LITERAL_TAG, IMAGE_TAG)
+
+
 def encode_text(text: str) -> list[int]:
     """Text -> ids, with the tags in it that are only text."""
-    return encode(text.replace(LITERAL_TAG, IMAGE_TAG))
+    return encode(as_typed(text))
 
 
 def without_tags(text: str) -> str:

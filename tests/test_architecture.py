@@ -14,7 +14,7 @@ FLOORS = (
     ("visualrwkv.vision", "visualrwkv.rwkv"),
     ("visualrwkv.model", "visualrwkv.formats"),
     ("visualrwkv.checkpoint", "visualrwkv.generate"),
-    ("visualrwkv.chat",),
+    ("visualrwkv.chat", "visualrwkv.pace"),
     ("visualrwkv.training", "visualrwkv.serve", "visualrwkv.hf", "visualrwkv.lmms"),
     ("visualrwkv.cli", "eval", "demo", "benchmarks"),
 )

@@ -78,7 +78,7 @@ AMX inline void end() { _tile_release(); }
 // Up to TILES rows of tiles, `size` bytes apart, of `blocks` tiles each: out (16 * tiles, 16).
 AMX inline void multiply(const uint8_t* tile, int64_t tiles, int64_t size, int64_t blocks, const uint16_t* parts,
                          int64_t most, float* out) {
-    constexpr int64_t LINE = 64, TILE = 1024, AHEAD = 2048;
+    constexpr int64_t LINE = 64, TILE = 1024, AHEAD = 4096;
     const int64_t part = BATCH * most;
     auto prefetch = [](const uint8_t* from) __attribute__((always_inline)) {
         for (int i = 0; i < 16; i++) __builtin_prefetch(from + i * LINE);

@@ -14,7 +14,7 @@ FLOORS = (
     ("visualrwkv.vision", "visualrwkv.rwkv"),
     ("visualrwkv.model", "visualrwkv.formats", "visualrwkv.sampling"),
     ("visualrwkv.checkpoint", "visualrwkv.generate", "visualrwkv.saved", "visualrwkv.task"),
-    ("visualrwkv.chat",),
+    ("visualrwkv.chat", "visualrwkv.pace"),
     ("visualrwkv.training", "visualrwkv.serve", "visualrwkv.hf", "visualrwkv.lmms"),
     ("visualrwkv.cli", "eval", "demo", "benchmarks"),
 )

@@ -82,6 +82,17 @@ def test_chat_with_a_task(place, tiny_model):
     assert "is no task for a model of 4 layers" in done.stderr
 
 
+@pytest.mark.parametrize("model", ["model", "rwkv6-nano"])
+def test_bench(place, model):
+    settings = ("--prompt", 20, "--tokens", 3, "--batch", 2, "--dtype", "int8")
+    done = command("bench", "--model", place / model if model == "model" else model, *settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    facts = dict(line.split(maxsplit=1) for line in done.stdout.replace("first token", "first_token").splitlines())
+    assert facts["weights"].startswith("int8")
+    assert facts["first_token"].endswith("ms after 2 prompts of 20 tokens")
+    assert float(facts["tokens/s"].split()[0]) > 0
+
+
 def test_compose(place):
     done = command("compose", "--lm", place / "lm.pth", "--vision", place / "vit", place / "new")
     assert (done.returncode, done.stderr) == (0, "")
@@ -110,10 +121,14 @@ def test_compose_with_too_coarse_an_encoder(place, tmp_path):
     [
         (
             ["sing"],
-            "there is no command 'sing'; there are chat, check-data, compose, convert, info, kernels, merge, serve",
+            "there is no command 'sing'; there are bench, chat, check-data, compose, convert, info, kernels, merge, serve",
         ),
         (["chat", "--colour", "red"], "--colour"),
         (["chat"], "--model"),
+        (
+            ["bench", "--model", "rwkv6-nano", "--tokens", "0"],
+            "tokens is 0; prompt, tokens and batch must be at least 1",
+        ),
         (["kernels", "fly"], "kernels takes build or info, got fly"),
         (["chat", "--model", "nothing/at/all"], "nothing/at/all: there is no such model file"),
         (["chat", "--model", "MODEL", "--image", "words.png"], "words.png cannot be read as a picture"),
@@ -136,7 +151,7 @@ def test_help():
     for arguments in ([], ["--help"]):
         done = command(*arguments)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "chat,check-data,compose,convert,info,kernels,merge,serve" in done.stdout
+        assert "bench,chat,check-data,compose,convert,info,kernels,merge,serve" in done.stdout
     done = command("chat", "--help")
     assert done.returncode == 0
     assert "--max-new-tokens" in done.stdout

@@ -28,6 +28,18 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Say how long the first token of an answer takes here, and how many follow in a second."""
+
+    model: str  # a model directory or file, or a preset such as rwkv6-1b6, then with random weights
+    device: str = "cpu"
+    dtype: str = "bfloat16"  # float32, bfloat16, int8 or int4
+    prompt: int = 600  # tokens that are read before the first
+    tokens: int = 64  # that follow
+    batch: int = 1  # answers side by side
+
+
+@dataclass(frozen=True)
 class Compose:
     """Join a language model and a vision encoder into a new model for stage 1."""
 
@@ -149,6 +161,15 @@ def chat(args: list[str]) -> None:
             print(f"error: {error}")
 
 
+def bench(args: list[str]) -> None:
+    options = parse(Bench, args)
+
+    from visualrwkv.pace import measure
+
+    for name, value in measure(**vars(options)).items():
+        print(f"{name:<20}{value}")
+
+
 def compose(args: list[str]) -> None:
     options = parse(Compose, args)
 
@@ -262,6 +283,7 @@ def kernels(args: list[str]) -> None:
 
 
 COMMANDS = {
+    "bench": bench,
     "chat": chat,
     "check-data": check_data,
     "compose": compose,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visualrwkv.ops import library
 
-AHEAD = 2048  # bytes from a load to the prefetch beside it, as in cuda/packed.h
+AHEAD = 4096  # bytes from a load to the prefetch beside it, as in cuda/packed.h
 
 
 def read(data: Tensor, prefetch: bool) -> int:

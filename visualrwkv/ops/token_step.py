@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from visualrwkv.ops import library
 from visualrwkv.ops.arena import Arena
 from visualrwkv.ops.packed import KINDS, Packed, pack, round_vectors, rounded
+from visualrwkv.ops.pages import Pages
 
 Net = Any
 """An RWKV, whose class is of a floor above."""
@@ -118,7 +119,7 @@ class TokenStep:
         config = net.config
         self.dtype = dtype
         self.vocab_size = config.vocab_size
-        self._arena = Arena()
+        self._arena, self._pages = Arena(), Pages()
         self._kept: list[Tensor] = []  # what C++ holds pointers to
         self._bytes = 0
         kind, parts = (_Block7, parts7) if config.version == 7 else (_Block6, parts6)
@@ -170,10 +171,11 @@ class TokenStep:
 
     def _matrix(self, weight: Tensor, kind: str) -> _Matrix:
         packed: Packed = pack(weight.detach(), kind)
-        self._kept += [t for t in (packed.data, packed.scales) if t is not None]
+        parts = [self._pages.keep(t) for t in (packed.data, packed.scales) if t is not None]
+        self._kept += parts
         self._bytes += packed.nbytes()
-        scales = None if packed.scales is None else packed.scales.data_ptr()
-        return _Matrix(packed.data.data_ptr(), scales, packed.rows, packed.columns, KINDS.index(kind))
+        pointers = [t.data_ptr() for t in parts] + [None] * (2 - len(parts))
+        return _Matrix(*pointers, packed.rows, packed.columns, KINDS.index(kind))
 
 
 def head_dtype(dtype: str) -> str:

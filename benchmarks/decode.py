@@ -79,9 +79,9 @@ def candidates(name: str, folder: str) -> tuple[dict[str, Callable[[], object]],
             arrays = (state.att_shift, state.ffn_shift, state.wkv)
             x = net.emb(torch.full((batch,), 5))
             found[f"{dtype}, batch {batch}"] = lambda step=step, x=x, arrays=arrays: step(x, arrays)
-    noise = torch.randint(-(2**31), 2**31 - 1, (sizes["bfloat16"] // 1024 * 256,), dtype=torch.int32)
-    memory = Pages().keep(noise)  # in pages such as the weights are in
-    del noise
+    del net  # the package and our steps have copies
+    memory = Pages().empty(sizes["bfloat16"] // 1024 * 256, torch.int32)  # in pages such as the weights are in
+    memory.random_()
     found["read, plain"] = lambda: read(memory, prefetch=False)
     found["read, prefetched"] = lambda: read(memory, prefetch=True)
     return found, sizes
@@ -112,7 +112,8 @@ def one(name: str, seconds: float) -> dict[str, Any]:
     figures = measure.figures(times)
     for key, values in figures.items():
         values["fastest"] = min(times[key])
-    return {"figures": figures, "bars": summary(times), "bytes": sizes, "kernels": library.variant().strip("_")}
+    here = {"kernels": library.variant().strip("_"), "threads": torch.get_num_threads()}
+    return {"figures": figures, "bars": summary(times), "bytes": sizes, **here}
 
 
 def main() -> None:
@@ -129,6 +130,9 @@ def main() -> None:
     measured = {}
     for name in options.models:
         command = [sys.executable, __file__, "--only", name, "--seconds", str(options.seconds)]
+        os.sched_setaffinity(
+            0, range(os.cpu_count() or 1)
+        )  # torch bound this thread to one, which a child would inherit
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         measured[name] = json.loads(done.stdout.splitlines()[-1])
         for bar, value in measured[name]["bars"].items():
@@ -137,9 +141,8 @@ def main() -> None:
     shapes = {name: f"{c.n_layer} layers of {c.n_embd}, RWKV-{c.version}" for name, c in MODELS.items()}
     results = {
         "shapes": {"weights": shapes, "batch": [1, BATCH], "state": "zeros"},
-        "threads": torch.get_num_threads(),
         "figures": {name: m["figures"] for name, m in measured.items()},
-        **{key: {name: m[key] for name, m in measured.items()} for key in ("bars", "bytes", "kernels")},
+        **{key: {name: m[key] for name, m in measured.items()} for key in ("bars", "bytes", "kernels", "threads")},
     }
     path = measure.record("decode", results, ("visualrwkv", "torch", "rwkv"))
     print(json.dumps({"written": str(path.relative_to(measure.ROOT))}))

@@ -23,9 +23,10 @@ namespace amx {
 
 constexpr int64_t BATCH = 16, TILES = 4, PARTS = 3;
 
-// Columns begin to end (whole blocks of 32) of up to 16 vectors, `stride` apart, in their parts: (PARTS, columns / 2, 16, 2).
-inline void split(const float* x, int64_t vectors, int64_t stride, int64_t begin, int64_t end, int64_t most,
-                  uint16_t* parts) {
+// Columns begin to end (whole blocks of 32) of up to `width` vectors, `stride` apart, in their parts: (PARTS, columns / 2,
+// width, 2).
+inline void split(const float* x, int64_t vectors, int64_t width, int64_t stride, int64_t begin, int64_t end,
+                  int64_t most, uint16_t* parts) {
     for (int64_t k = begin; k < end; k += 32) {
         for (int64_t b = 0; b < vectors; b++) {
             uint16_t held[PARTS][32];
@@ -43,7 +44,7 @@ inline void split(const float* x, int64_t vectors, int64_t stride, int64_t begin
                 }
             for (int64_t part = 0; part < PARTS; part++)
                 for (int64_t i = 0; i < 32; i += 2)
-                    std::memcpy(parts + (part * most + k + i) * BATCH + b * 2, held[part] + i, 4);
+                    std::memcpy(parts + (part * most + k + i) * width + b * 2, held[part] + i, 4);
         }
     }
 }
@@ -62,24 +63,27 @@ inline bool available() {
     return yes;
 }
 
-// What a thread does before and after its products.
-AMX inline void begin() {
+// What a thread does before and after its products with up to `width` vectors at once.
+AMX inline void begin(int64_t width) {
     struct alignas(64) {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t bytes[16] = {};
         uint8_t rows[16] = {};
     } shape;
-    for (int t = 0; t < 8; t++) shape.bytes[t] = 64, shape.rows[t] = 16;
+    for (int t = 0; t < 8; t++) {
+        shape.bytes[t] = static_cast<uint16_t>(t == 4 ? 64 : 4 * width);  // 4: weights; 0 to 3: sums; 5 to 7: vectors
+        shape.rows[t] = 16;
+    }
     asm volatile("" ::"r"(&shape) : "memory");  // GCC believes that only the first bytes are read
     _tile_loadconfig(&shape);
 }
 AMX inline void end() { _tile_release(); }
 
-// Up to TILES rows of tiles, `size` bytes apart, of `blocks` tiles each: out (16 * tiles, 16).
+// Up to TILES rows of tiles, `size` bytes apart, of `blocks` tiles each: out (16 * tiles, width).
 AMX inline void multiply(const uint8_t* tile, int64_t tiles, int64_t size, int64_t blocks, const uint16_t* parts,
-                         int64_t most, float* out) {
+                         int64_t most, int64_t width, float* out) {
     constexpr int64_t LINE = 64, TILE = 1024, AHEAD = 4096;
-    const int64_t part = BATCH * most;
+    const int64_t part = width * most, line = 4 * width;
     auto prefetch = [](const uint8_t* from) __attribute__((always_inline)) {
         for (int i = 0; i < 16; i++) __builtin_prefetch(from + i * LINE);
     };
@@ -87,10 +91,10 @@ AMX inline void multiply(const uint8_t* tile, int64_t tiles, int64_t size, int64
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t block = 0; block < blocks; block++, tile += TILE, parts += TILE / 2) {
-        _tile_loadd(5, parts, LINE);
-        _tile_loadd(6, parts + part, LINE);
-        _tile_loadd(7, parts + 2 * part, LINE);
+    for (int64_t block = 0; block < blocks; block++, tile += TILE, parts += 32 * width) {
+        _tile_loadd(5, parts, line);
+        _tile_loadd(6, parts + part, line);
+        _tile_loadd(7, parts + 2 * part, line);
         prefetch(tile + AHEAD);
         _tile_loadd(4, tile, LINE);
         _tile_dpbf16ps(0, 4, 5);
@@ -118,17 +122,17 @@ AMX inline void multiply(const uint8_t* tile, int64_t tiles, int64_t size, int64
             _tile_dpbf16ps(3, 4, 7);
         }
     }
-    _tile_stored(0, out, LINE);
-    if (tiles > 1) _tile_stored(1, out + 256, LINE);
-    if (tiles > 2) _tile_stored(2, out + 512, LINE);
-    if (tiles > 3) _tile_stored(3, out + 768, LINE);
+    _tile_stored(0, out, line);
+    if (tiles > 1) _tile_stored(1, out + 16 * width, line);
+    if (tiles > 2) _tile_stored(2, out + 32 * width, line);
+    if (tiles > 3) _tile_stored(3, out + 48 * width, line);
 }
 #undef AMX
 #else
 inline bool available() { return false; }
-inline void begin() {}
+inline void begin(int64_t) {}
 inline void end() {}
-inline void multiply(const uint8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t, float*) {}
+inline void multiply(const uint8_t*, int64_t, int64_t, int64_t, const uint16_t*, int64_t, int64_t, float*) {}
 #endif
 
 }  // namespace amx

@@ -89,9 +89,11 @@ struct Vectors {
         const int64_t blocks = (columns + 31) / 32;
         const int64_t begin = thread * blocks / threads * 32, end = (thread + 1) * blocks / threads * 32;
         for (int64_t first = 0; first < count; first += amx::BATCH)
-            amx::split(floats + first * most, std::min(amx::BATCH, count - first), most, begin, end, most,
+            amx::split(floats + first * most, std::min(amx::BATCH, count - first), width(), most, begin, end, most,
                        parts + first * most * amx::PARTS);
     }
+    // Vectors that the matrix unit takes at once.
+    int64_t width() const { return std::min(amx::BATCH, count); }
 
     void to_ints(int64_t b, const float* x, int64_t columns) {
         for (int64_t g = 0; g * GROUP < columns; g++) {
@@ -321,10 +323,11 @@ inline void multiply(const Matrix& m, const Vectors& x, int64_t begin, int64_t e
         for (; begin < end; begin += UNIT) {
             const int64_t tiles = std::min(UNIT, end - begin), rows = std::min(tiles * ROWS, m.rows - begin * ROWS);
             for (int64_t first = 0; first < x.count; first += amx::BATCH) {
-                amx::multiply(m.tile(begin), tiles, size, m.blocks(), x.parts + first * x.most * amx::PARTS, x.most, out);
+                amx::multiply(m.tile(begin), tiles, size, m.blocks(), x.parts + first * x.most * amx::PARTS, x.most,
+                              x.width(), out);
                 for (int64_t b = 0; b < std::min(amx::BATCH, x.count - first); b++)
                     for (int64_t r = 0; r < rows; r++)
-                        y[(first + b) * stride + begin * ROWS + r] = out[r * amx::BATCH + b];
+                        y[(first + b) * stride + begin * ROWS + r] = out[r * x.width() + b];
             }
         }
         return;

@@ -151,7 +151,7 @@ class Worker {
 
     // The same for vectors that bf16 matrices read in the matrix unit.
     void prepared(const Matrix& matrix, const Vectors& x) {
-        if (x.amx && matrix.kind == packed::BF16) x.split(id_, team_.threads, matrix.columns);
+        if (x.amx && matrix.kind == packed::BF16) alone() ? x.split(0, 1, matrix.columns) : x.split(id_, team_.threads, matrix.columns);
     }
 
     // Products of what was prepared.
@@ -159,7 +159,7 @@ class Worker {
         prepared();
         if (buffers.in[0].amx) {
             for (const Product& p : products) prepared(p.matrix, p.x);
-            team_.barrier();
+            prepared();
         }
         const int64_t size = buffers.in[0].amx ? packed::UNIT : 1;
         int64_t units = 0;
@@ -233,7 +233,7 @@ class Worker {
 template <typename Layer>
 void run(const Network& n, const Call& call, int64_t threads, int64_t rank, Layer layer) {
     const int64_t B = call.B;
-    const bool amx = B > 1 && packed::amx::available();
+    const bool amx = packed::amx::available();
     const int64_t copies = B == 1 ? threads : 1;
     const int64_t of_buffers = Buffers::bytes(n, B, rank);
     const int64_t of_scratch = std::max({n.C, n.F, rank, 6 * B * n.head_size}) + 2 * packed::GROUP;
@@ -250,7 +250,7 @@ void run(const Network& n, const Call& call, int64_t threads, int64_t rank, Laye
         team.threads = threads = omp_get_num_threads();  // inside another parallel region it may be fewer
         const int64_t id = omp_get_thread_num();
         const team::Pinned pinned(id, threads);
-        if (amx) packed::amx::begin();
+        if (amx) packed::amx::begin(std::min(packed::amx::BATCH, B));
         Buffers buffers(after + (copies > 1 ? id * of_buffers : 0), n, B, rank, amx);
         Worker worker(n, call, team, id, results, buffers, scratch + id * of_scratch);
         for (int64_t b = worker.first(); b < B; b += worker.step())

@@ -12,7 +12,7 @@ CHUNK, LINE = 1 << 26, 64
 
 
 class Pages:
-    """Holds copies of tensors one after another, for as long as it lives itself."""
+    """Gives out memory piece after piece; a chunk lives as long as a tensor in it."""
 
     def __init__(self) -> None:
         self._chunk = torch.empty(0, dtype=torch.uint8)
@@ -20,7 +20,11 @@ class Pages:
 
     def keep(self, x: Tensor) -> Tensor:
         """A copy of x, contiguous, at the start of a cache line."""
-        size = x.numel() * x.element_size()
+        return self.empty(x.numel(), x.dtype).view(x.shape).copy_(x)
+
+    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        """A row of numbers at the start of a cache line."""
+        size = count * dtype.itemsize
         if self._used + size > len(self._chunk):
             whole = -(-max(size, CHUNK) // (1 << 21)) * (1 << 21)  # of 2 MiB, as large pages are
             memory = mmap.mmap(-1, whole)
@@ -28,6 +32,6 @@ class Pages:
                 with contextlib.suppress(OSError):  # a kernel without them
                     memory.madvise(mmap.MADV_HUGEPAGE)
             self._chunk, self._used = torch.frombuffer(memory, dtype=torch.uint8), 0
-        copy = self._chunk[self._used : self._used + size].view(x.dtype).view(x.shape)
+        row = self._chunk[self._used : self._used + size].view(dtype)
         self._used += -(-size // LINE) * LINE
-        return copy.copy_(x)
+        return row

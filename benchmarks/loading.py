@@ -11,6 +11,10 @@ Writes benchmarks/results/<machine>/loading.json.
 
 from __future__ import annotations
 
+import os
+
+os.environ["OMP_PROC_BIND"] = "false"  # processes that look at records would inherit the core of the first one
+
 import argparse
 import json
 import random

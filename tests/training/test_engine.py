@@ -34,7 +34,8 @@ def test_a_users_file_overrides_them(tmp_path):
     ("text", "words"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "must hold an object"),
+        ("[]", "holds a list, not an object"),
+        ('{"zero_optimization": {"stage": 3}}', "sets the stage of zero_optimization to 3, the recipe to 0"),
         ('{"gradient_accumulation_steps": 4}', "sets gradient_accumulation_steps to 4, the recipe to 1"),
     ],
 )
@@ -42,7 +43,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path, text, words):
     (tmp_path / "own.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         deepspeed_config(Recipe(), 1, tmp_path / "own.json")
-    with pytest.raises(FileNotFoundError, match="no such file of DeepSpeed settings"):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
         deepspeed_config(Recipe(), 1, tmp_path / "none.json")
 
 

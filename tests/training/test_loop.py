@@ -212,3 +212,11 @@ def test_bad_records_leave_nothing_behind(tiny_model, engines, data):
     with pytest.raises(ValueError, match=r"record 9 \(id x\) has no conversations"):
         train(tiny_model(image_tokens=4), run_of(data, "out"), RECIPE)
     assert not (data.parent / "out").exists()
+
+
+def test_an_index_that_a_kill_left_out_is_made_again(tiny_model, engines, data):
+    run = run_of(data, "out")
+    assert train(tiny_model(image_tokens=4), run, Recipe(steps=1, tokens=60))
+    (run.out / "index.npz").unlink()
+    assert train(tiny_model(image_tokens=4), run, Recipe(steps=1, tokens=60))
+    assert (run.out / "index.npz").exists()

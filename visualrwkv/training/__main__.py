@@ -10,7 +10,6 @@ from visualrwkv.commandline import parse, run
 from visualrwkv.config import RWKV_PRESETS, ModelConfig, preset
 from visualrwkv.training.memory import share_one_heap
 from visualrwkv.training.recipes import RECIPES, Recipe, Stage, meeting
-from visualrwkv.training.sources import on_hub
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,6 @@ def main() -> None:
         raise ValueError("--samples and --best need --watch, the questions to ask")
     if options.watch_every < 1:
         raise ValueError(f"watch_every is {options.watch_every}; it must be at least 1")
-    if not options.data.exists() and not on_hub(options.data):
-        raise FileNotFoundError(f"{options.data}: there is no such data file")
-
     share_one_heap()  # before torch starts its threads
     import torch
 
@@ -65,8 +61,11 @@ def main() -> None:
     from visualrwkv.training.checkpoints import Run
     from visualrwkv.training.engine import join_world, leave_world
     from visualrwkv.training.loop import train
+    from visualrwkv.training.sources import on_hub
     from visualrwkv.training.watch import Watch
 
+    if not options.data.exists() and not on_hub(options.data):
+        raise FileNotFoundError(f"{options.data}: there is no such data file")
     torch.manual_seed(recipe.seed)
     if options.stage == "language" and options.model in RWKV_PRESETS:
         model = VisualRWKV(ModelConfig(RWKV_PRESETS[options.model]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from visualrwkv.files import read_json
 from visualrwkv.training.recipes import Recipe
 
 
@@ -46,19 +46,17 @@ def deepspeed_config(recipe: Recipe, world: int, own: Path | None = None) -> dic
         settings["bf16"] = {"enabled": True}
     if own is None:
         return settings
-    try:
-        theirs = json.loads(own.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{own}: there is no such file of DeepSpeed settings") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{own} is not valid JSON ({error})") from error
-    if not isinstance(theirs, dict):
-        raise ValueError(f"{own} must hold an object of DeepSpeed settings, it holds {json.dumps(theirs)[:40]}")
+    theirs = read_json(own)
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
         if theirs.get(name, settings[name]) != settings[name]:
             raise ValueError(
                 f"{own} sets {name} to {theirs[name]}, the recipe to {settings[name]}; set it with --accumulate and the ranks"
             )
+    stage = (theirs.get("zero_optimization") or {}).get("stage", recipe.zero)
+    if stage != recipe.zero:  # what is gathered and kept follows the recipe
+        raise ValueError(
+            f"{own} sets the stage of zero_optimization to {stage}, the recipe to {recipe.zero}; set it with --zero"
+        )
     return merge(settings, theirs)
 
 

@@ -35,7 +35,7 @@ def prepare(model: VisualRWKV, run: Run, recipe: Recipe, world: World) -> tuple[
         error = caught
     world.agree(error)
     try:
-        if world.local_chief and not known:
+        if world.local_chief and not file.exists():  # also after a kill between the claim and this
             run.out.mkdir(parents=True, exist_ok=True)
             data.keep_index(file)
         world.sum()

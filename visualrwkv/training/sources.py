@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from visualrwkv.files import read_json
 from visualrwkv.training.places import SMALL, record_bounds
 from visualrwkv.training.tables import TableRecords
 
@@ -141,17 +142,9 @@ def open_source(path: Path, images: Path) -> Source:
     if path.suffix != ".jsonl" and path.exists() and path.stat().st_size < SMALL:
         with open(path, "rb") as file:
             start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        if start == b"{" and "mixture" in (whole := _object(path)):
+        if start == b"{" and "mixture" in (whole := read_json(path)):
             return Mixture(path, [_part(path, item) for item in _items(path, whole["mixture"])])
     return JsonRecords(path, images)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        whole = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    return whole if isinstance(whole, dict) else {}
 
 
 def _items(path: Path, items: Any) -> list[Any]:

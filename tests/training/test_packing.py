@@ -91,6 +91,20 @@ def test_no_record_waits_longer_than_the_window():
     assert not left
 
 
+def test_the_longest_that_fits_is_taken_until_none_does():
+    lengths = lengths_like_llava(600, 2)
+    left = list(range(600))
+    for batch in pack(range(600), lengths, 2500, 64):
+        window, room = left[:64], 2500
+        for place, index in enumerate(batch):
+            longest = max((lengths[i] for i in window if lengths[i] <= room), default=0)
+            assert index == window[0] if place == 0 else lengths[index] == longest
+            window.remove(index)
+            left.remove(index)
+            room -= lengths[index]
+        assert all(lengths[i] > room for i in window)
+
+
 def test_the_window_fills_what_the_order_alone_leaves_empty():
     lengths = lengths_like_llava(20_000, 1)
     for budget in (8192, 16384):

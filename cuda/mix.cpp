@@ -5,10 +5,11 @@
 // One pass over memory, the rows in fixed pieces, so that sums do not depend on the number of threads.
 //
 // Layout: x (rows, C) with the sequences one after another in the rows, last (S, C), mix (M, C), delta and out
-// (M, rows, C).
+// (M, rows, C). x, delta, out and their gradients are all fp32 or all bf16; sums and products are fp32.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "simd.h"
 
@@ -37,101 +38,145 @@ struct Sizes {
     }
 };
 
-// The rows of a piece in order: each one's token before, and whether its sequence starts there.
+// The rows of a piece in order: each one's token before, and whether its sequence starts there. T: float or simd::bf16.
+template <typename T>
 struct Walk {
     const Sizes& sizes;
-    const float *x, *last;
+    const T* x;
+    const float* last;
+    T* start;  // (C): room for what came before a sequence, in x's type
     int64_t row, sequence;
 
-    Walk(const Sizes& sizes, const float* x, const float* last, int64_t row)
-        : sizes(sizes), x(x), last(last), row(row), sequence(sizes.sequence(row)) {}
+    Walk(const Sizes& sizes, const T* x, const float* last, T* start, int64_t row)
+        : sizes(sizes), x(x), last(last), start(start), row(row), sequence(sizes.sequence(row)) {}
     bool starts() const { return row == sizes.begin(sequence); }
-    const float* now() const { return x + row * sizes.C; }
-    const float* before() const { return starts() ? last + sequence * sizes.C : now() - sizes.C; }
+    const T* now() const { return x + row * sizes.C; }
+    const T* before() const {
+        if (!starts()) return now() - sizes.C;
+        for (int64_t c = 0; c < sizes.C; c++) start[c] = T(last[sequence * sizes.C + c]);
+        return start;
+    }
     void next() {
         if (++row == sizes.begin(sequence + 1)) sequence++;
     }
 };
 
-}  // namespace
-
-// delta may be null.
-EXPORT(visualrwkv_mix_forward)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t M, int64_t C,
-                               const float* x, const float* last, const float* mix, const float* delta, float* out) {
-    const Sizes sizes = {sequences, length, offsets, M, C};
-    const int64_t rows = sizes.rows();
-#pragma omp parallel for schedule(static) if (rows * C * M > PARALLEL_WORK)
-    for (int64_t piece = 0; piece < sizes.pieces(); piece++) {
-        const int64_t end = std::min(rows, (piece + 1) * PIECE);
-        for (Walk walk(sizes, x, last, piece * PIECE); walk.row < end; walk.next()) {
-            const float *__restrict now = walk.now(), *__restrict before = walk.before();
-            for (int64_t m = 0; m < M; m++) {
-                const float* __restrict weight = mix + m * C;
-                float* __restrict to = out + (m * rows + walk.row) * C;
-                if (delta) {
-                    const float* __restrict more = delta + (m * rows + walk.row) * C;
-                    for (int64_t c = 0; c < C; c++) to[c] = now[c] + (before[c] - now[c]) * (weight[c] + more[c]);
-                } else {
-                    for (int64_t c = 0; c < C; c++) to[c] = now[c] + (before[c] - now[c]) * weight[c];
-                }
-            }
-        }
-    }
-}
-
-// delta and ddelta may be null. dmix_parts (pieces, M, C): partial sums for the caller to add up in a fixed order.
-EXPORT(visualrwkv_mix_backward)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t M, int64_t C,
-                                const float* x, const float* last, const float* mix, const float* delta,
-                                const float* dout, float* dx, float* dlast, float* dmix_parts, float* ddelta) {
-    const Sizes sizes = {sequences, length, offsets, M, C};
-    const int64_t rows = sizes.rows();
+template <typename T>
+void forward(const Sizes& sizes, const T* x, const float* last, const float* mix, const T* delta, T* out) {
+    const int64_t rows = sizes.rows(), M = sizes.M, C = sizes.C;
 #pragma omp parallel if (rows * C * M > PARALLEL_WORK)
     {
-        simd::Scratch<float> to_before(C);  // a row's gradient for the token before it
+        simd::Scratch<T> start(C);
 #pragma omp for schedule(static)
         for (int64_t piece = 0; piece < sizes.pieces(); piece++) {
             const int64_t end = std::min(rows, (piece + 1) * PIECE);
-            std::memset(dmix_parts + piece * M * C, 0, M * C * sizeof(float));
-            // The row after the piece belongs to another, but what it owes to our last row is ours.
-            for (Walk walk(sizes, x, last, piece * PIECE); walk.row < std::min(rows, end + 1); walk.next()) {
-                const bool ours = walk.row < end, starts = walk.starts();
-                if (!ours && starts) break;
-                const float *__restrict now = walk.now(), *__restrict before = walk.before();
-                float *__restrict shifted = to_before.data(), *__restrict dnow = dx + walk.row * C;
-                std::memset(shifted, 0, C * sizeof(float));
-                if (ours) std::memset(dnow, 0, C * sizeof(float));
+            for (Walk<T> walk(sizes, x, last, start.data(), piece * PIECE); walk.row < end; walk.next()) {
+                const T *__restrict now = walk.now(), *__restrict before = walk.before();
                 for (int64_t m = 0; m < M; m++) {
-                    const int64_t at = (m * rows + walk.row) * C;
-                    const float *__restrict weight = mix + m * C, *__restrict g = dout + at;
-                    const float* __restrict more = delta + (delta ? at : 0);
-                    float* __restrict dmix = dmix_parts + (piece * M + m) * C;
-                    float* __restrict dmore = ddelta + (delta ? at : 0);
-                    if (!ours) {
-                        for (int64_t c = 0; c < C; c++) shifted[c] += g[c] * (weight[c] + (delta ? more[c] : 0.0f));
-                    } else if (delta) {
+                    const float* __restrict weight = mix + m * C;
+                    T* __restrict to = out + (m * rows + walk.row) * C;
+                    const T* __restrict more = delta + (delta ? (m * rows + walk.row) * C : 0);
+                    if (delta) {
                         for (int64_t c = 0; c < C; c++) {
-                            const float share = g[c] * (weight[c] + more[c]), d = g[c] * (before[c] - now[c]);
-                            shifted[c] += share;
-                            dnow[c] += g[c] - share;
-                            dmix[c] += d;
-                            dmore[c] = d;
+                            const float x_c = float(now[c]);
+                            to[c] = T(x_c + (float(before[c]) - x_c) * (weight[c] + float(more[c])));
                         }
                     } else {
                         for (int64_t c = 0; c < C; c++) {
-                            const float share = g[c] * weight[c];
-                            shifted[c] += share;
-                            dnow[c] += g[c] - share;
-                            dmix[c] += g[c] * (before[c] - now[c]);
+                            const float x_c = float(now[c]);
+                            to[c] = T(x_c + (float(before[c]) - x_c) * weight[c]);
                         }
                     }
-                }
-                if (starts) {
-                    std::memcpy(dlast + walk.sequence * C, shifted, C * sizeof(float));
-                } else if (walk.row > piece * PIECE) {
-                    float* __restrict dbefore = dnow - C;
-                    for (int64_t c = 0; c < C; c++) dbefore[c] += shifted[c];
                 }
             }
         }
     }
 }
+
+template <typename T>
+void backward(const Sizes& sizes, const T* x, const float* last, const float* mix, const T* delta, const T* dout,
+              T* dx, float* dlast, float* dmix_parts, T* ddelta) {
+    const int64_t rows = sizes.rows(), M = sizes.M, C = sizes.C;
+#pragma omp parallel if (rows * C * M > PARALLEL_WORK)
+    {
+        simd::Scratch<T> start(C);
+        // A row's gradient but for what the next one owes it, that of the row before, and what a row owes the one before.
+        simd::Scratch<float> mine(C), held(C), owed(C);
+        float *__restrict dnow = mine.data(), *__restrict dbefore = held.data(), *__restrict shifted = owed.data();
+        const auto write = [&](int64_t row, const float* __restrict from) {
+            T* __restrict to = dx + row * C;
+            for (int64_t c = 0; c < C; c++) to[c] = T(from[c]);
+        };
+#pragma omp for schedule(static)
+        for (int64_t piece = 0; piece < sizes.pieces(); piece++) {
+            const int64_t first = piece * PIECE, end = std::min(rows, first + PIECE);
+            std::memset(dmix_parts + piece * M * C, 0, M * C * sizeof(float));
+            // The row after the piece belongs to another, but what it owes to our last row is ours.
+            Walk<T> walk(sizes, x, last, start.data(), first);
+            for (; walk.row < std::min(rows, end + 1); walk.next()) {
+                const bool ours = walk.row < end, starts = walk.starts();
+                if (!ours && starts) break;
+                const T *__restrict now = walk.now(), *__restrict before = walk.before();
+                std::memset(shifted, 0, C * sizeof(float));
+                std::memset(dnow, 0, C * sizeof(float));
+                for (int64_t m = 0; m < M; m++) {
+                    const int64_t at = (m * rows + walk.row) * C;
+                    const float* __restrict weight = mix + m * C;
+                    const T *__restrict g = dout + at, *__restrict more = delta + (delta ? at : 0);
+                    float* __restrict dmix = dmix_parts + (piece * M + m) * C;
+                    T* __restrict dmore = ddelta + (delta ? at : 0);
+                    if (!ours && delta) {
+                        for (int64_t c = 0; c < C; c++) shifted[c] += float(g[c]) * (weight[c] + float(more[c]));
+                    } else if (!ours) {
+                        for (int64_t c = 0; c < C; c++) shifted[c] += float(g[c]) * weight[c];
+                    } else if (delta) {
+                        for (int64_t c = 0; c < C; c++) {
+                            const float g_c = float(g[c]), share = g_c * (weight[c] + float(more[c]));
+                            const float d = g_c * (float(before[c]) - float(now[c]));
+                            shifted[c] += share;
+                            dnow[c] += g_c - share;
+                            dmix[c] += d;
+                            dmore[c] = T(d);
+                        }
+                    } else {
+                        for (int64_t c = 0; c < C; c++) {
+                            const float g_c = float(g[c]), share = g_c * weight[c];
+                            shifted[c] += share;
+                            dnow[c] += g_c - share;
+                            dmix[c] += g_c * (float(before[c]) - float(now[c]));
+                        }
+                    }
+                }
+                if (starts) std::memcpy(dlast + walk.sequence * C, shifted, C * sizeof(float));
+                if (walk.row > first) {
+                    if (!starts)
+                        for (int64_t c = 0; c < C; c++) dbefore[c] += shifted[c];
+                    write(walk.row - 1, dbefore);
+                }
+                std::swap(dnow, dbefore);
+            }
+            if (walk.row == end) write(end - 1, dbefore);  // no row after the piece owed it anything
+        }
+    }
+}
+
+}  // namespace
+
+// delta may be null.
+#define FORWARD(name, T)                                                                                        \
+    EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t M, int64_t C, const T* x,   \
+                 const float* last, const float* mix, const T* delta, T* out) {                                 \
+        forward<T>({sequences, length, offsets, M, C}, x, last, mix, delta, out);                               \
+    }
+FORWARD(visualrwkv_mix_forward, float)
+FORWARD(visualrwkv_mix_forward_bf16, simd::bf16)
+
+// delta and ddelta may be null. dmix_parts (pieces, M, C): partial sums for the caller to add up in a fixed order.
+#define BACKWARD(name, T)                                                                                       \
+    EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t M, int64_t C, const T* x,   \
+                 const float* last, const float* mix, const T* delta, const T* dout, T* dx, float* dlast,       \
+                 float* dmix_parts, T* ddelta) {                                                                \
+        backward<T>({sequences, length, offsets, M, C}, x, last, mix, delta, dout, dx, dlast, dmix_parts, ddelta); \
+    }
+BACKWARD(visualrwkv_mix_backward, float)
+BACKWARD(visualrwkv_mix_backward_bf16, simd::bf16)

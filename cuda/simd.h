@@ -53,6 +53,19 @@ inline void store(float* p, vecf x) { *reinterpret_cast<vecf_anywhere*>(p) = x; 
 inline vecf splat(float x) { return x - vecf{}; }
 inline vecd splat(double x) { return x - vecd{}; }
 
+// A number of 16 bits in memory, in loops over which the compiler makes vectors; rounded to the nearest even.
+struct bf16 {
+    uint16_t bits;
+
+    bf16() = default;
+    explicit bf16(float x) {
+        const uint32_t b = __builtin_bit_cast(uint32_t, x);
+        const uint32_t rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16, quiet = b >> 16 | 0x40;
+        bits = uint16_t((b & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+    }
+    explicit operator float() const { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
+};
+
 inline float sum(vecf x) {
     float s[FLOATS];
     store(s, x);

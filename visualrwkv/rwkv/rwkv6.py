@@ -75,7 +75,7 @@ class TimeMix(nn.Module):
         p = torch.tanh(token_mix(row, last, self.time_maa_x[0], None, cu_seqlens)[0, 0] @ self.time_maa_w1)
         delta = torch.bmm(p.view(T, 5, -1).transpose(0, 1), self.time_maa_w2)  # (5, T, C)
         maa = torch.cat([self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g], 1)[0]
-        xw, xk, xv, xr, xg = token_mix(row, last, maa, delta[:, None], cu_seqlens)[:, 0].unbind(0)
+        xw, xk, xv, xr, xg = token_mix(row, last, maa, delta[:, None], cu_seqlens).squeeze(1).unbind(0)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         g = F.silu(self.gate(xg))
         w = self.time_decay[0] + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
@@ -104,7 +104,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
         """x (T, C), last (S, C) -> (T, C)."""
         maa = torch.cat([self.time_maa_k, self.time_maa_r], 1)[0]
-        xk, xr = token_mix(x[None], last, maa, None, cu_seqlens)[:, 0].unbind(0)
+        xk, xr = token_mix(x[None], last, maa, None, cu_seqlens).squeeze(1).unbind(0)
         k = torch.relu(self.key(xk)).square()
         r = torch.sigmoid(self.receptance(xr))
         return r * self.value(k)

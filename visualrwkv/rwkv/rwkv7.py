@@ -91,7 +91,7 @@ class TimeMix(nn.Module):
         T, C = x.shape
         H, N = self.n_head, self.head_size
         mixes = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g], 1)[0]
-        xr, xw, xk, xv, xa, xg = token_mix(x[None], last, mixes, None, cu_seqlens)[:, 0].unbind(0)
+        xr, xw, xk, xv, xa, xg = token_mix(x[None], last, mixes, None, cu_seqlens).squeeze(1).unbind(0)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = -F.softplus(-(self.w0[0] + torch.tanh(xw @ self.w1) @ self.w2)) - 0.5  # a decay between 0.545 and 1
         if v_first is None:

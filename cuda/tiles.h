@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -20,6 +20,21 @@ constexpr int64_t PARALLEL_WORK = 1 << 16;  // state elements touched below whic
 // Vectors side by side in a block of a matrix: as many as are wanted and divide every row of N floats (N = 0: any
 // multiple of 16).
 constexpr int columns(int N, int wanted) { return std::min(wanted, (N ? N : 16) / LANES); }
+
+template <int N>
+using Size = std::integral_constant<int, N>;
+
+// Calls `pass` with the head size as a type: 0 for one that is only known at run time.
+template <typename Pass>
+void sized(int64_t head_size, Pass pass) {
+    switch (head_size) {
+        case 16: return pass(Size<16>{});
+        case 32: return pass(Size<32>{});
+        case 64: return pass(Size<64>{});
+        case 128: return pass(Size<128>{});
+        default: return pass(Size<0>{});
+    }
+}
 
 enum class Direction { forwards, backwards };
 
@@ -38,22 +53,27 @@ struct Sequences {
     }
 };
 
-inline void pack(int64_t steps, int n, int64_t stride, const float* from, float* to) {
-    for (int64_t t = 0; t < steps; t++) std::memcpy(to + t * n, from + t * stride, n * sizeof(float));
+// T: what a tensor holds, float or simd::bf16; a tile is fp32.
+template <typename T>
+void pack(int64_t steps, int n, int64_t stride, const T* from, float* to) {
+    for (int64_t t = 0; t < steps; t++)
+        for (int i = 0; i < n; i++) to[t * n + i] = float(from[t * stride + i]);
 }
 
-inline void unpack(int64_t steps, int n, int64_t stride, const float* from, float* to) {
-    for (int64_t t = 0; t < steps; t++) std::memcpy(to + t * stride, from + t * n, n * sizeof(float));
+template <typename T>
+void unpack(int64_t steps, int n, int64_t stride, const float* from, T* to) {
+    for (int64_t t = 0; t < steps; t++)
+        for (int i = 0; i < n; i++) to[t * stride + i] = T(from[t * n + i]);
 }
 
 // The decay exp(-exp(raw)) and, where it is wanted, its logarithm -exp(raw).
-inline void pack_decay(int64_t steps, int n, int64_t stride, const float* raw, float* log_decay, float* decay) {
-    for (int64_t t = 0; t < steps; t++) {
-        for (int i = 0; i < n; i += LANES) {
-            vecf g = -simd::exp_or_zero(simd::load(raw + t * stride + i));
-            if (log_decay) simd::store(log_decay + t * n + i, g);
-            simd::store(decay + t * n + i, simd::exp_or_zero(g));
-        }
+template <typename T>
+void pack_decay(int64_t steps, int n, int64_t stride, const T* raw, float* log_decay, float* decay) {
+    pack(steps, n, stride, raw, decay);
+    for (int64_t i = 0; i < steps * n; i += LANES) {
+        const vecf g = -simd::exp_or_zero(simd::load(decay + i));
+        if (log_decay) simd::store(log_decay + i, g);
+        simd::store(decay + i, simd::exp_or_zero(g));
     }
 }
 

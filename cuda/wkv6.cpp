@@ -27,6 +27,7 @@ using tiles::LANES;
 using tiles::pack;
 using tiles::pack_decay;
 using tiles::Sequences;
+using tiles::sized;
 using tiles::TILE;
 using tiles::transpose;
 using tiles::unpack;
@@ -39,13 +40,14 @@ enum class Decay { rows, lanes };
 // Rows that the next tile will be packed from, and rows that this one's results go to. They lie too far apart for the
 // machine to guess, so a scan, which has the memory to itself, asks for them while it computes: a line of each a step.
 struct Ahead {
-    const float *read[4], *written[4];  // one may stand there several times
-    int64_t stride;
+    const void *read[4], *written[4];  // one may stand there several times
+    int64_t stride;                    // in bytes, and so `row`: of a head's part of a row
+    int64_t row;
 
     // The line that block number `block` of a scan follows down the rows.
-    static const float* line(const float* const tensors[4], int block, int n) {
-        constexpr int LINE = 16;
-        return tensors[block * LINE / n % 4] + block * LINE % n;
+    const char* line(const void* const tensors[4], int block) const {
+        constexpr int LINE = 64;
+        return static_cast<const char*>(tensors[block * LINE / row % 4]) + block * LINE % row;
     }
 };
 
@@ -57,8 +59,8 @@ inline __attribute__((always_inline)) void scan_blocks(int n, int64_t steps, Dir
     int number = 0;
     for (int column = 0; column < n; column += COLS * LANES) {
         for (int row = 0; row < n; row += ROWS) {
-            const float* next = Ahead::line(ahead.read, number, n);
-            const float* results = Ahead::line(ahead.written, number++, n);
+            const char* next = ahead.line(ahead.read, number);
+            const char* results = ahead.line(ahead.written, number++);
             float* block = matrix + row * n + column;
             vecf a[ROWS][COLS];
             for (int i = 0; i < ROWS; i++)
@@ -105,14 +107,17 @@ float dot(int n, const float* a, const float* b, const float* c) {
     return simd::sum(s);
 }
 
+// T: what r, k, v, w, y and their gradients are in memory, float or simd::bf16; everything else is fp32.
+template <typename T>
 struct Inputs {
-    const float *r, *k, *v, *w, *u, *state;
+    const T *r, *k, *v, *w;
+    const float *u, *state;
 };
 
-template <int N>
-void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& in, float* y, float* final_state) {
+template <int N, typename T>
+void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs<T>& in, T* y, float* final_state) {
     const int n = N ? N : n_runtime;
-    const int64_t stride = heads * n, tile = std::min(TILE, seqs.longest());
+    const int64_t size = sizeof(T), stride = heads * n, tile = std::min(TILE, seqs.longest());
 #pragma omp parallel if (seqs.rows() * stride * n > tiles::PARALLEL_WORK)
     {
         Scratch<float> scratch(5 * tile * n);
@@ -134,8 +139,10 @@ void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& 
                     for (int j = 0; j < n; j += LANES) simd::store(out + t * n + j, ruk * simd::load(v + t * n + j));
                 }
                 const int64_t next = t0 + tile < end ? at + tile * stride : at;
-                const Ahead ahead{
-                    {in.r + next, in.k + next, in.v + next, in.w + next}, {y + at, y + at, y + at, y + at}, stride};
+                const Ahead ahead{{in.r + next, in.k + next, in.v + next, in.w + next},
+                                  {y + at, y + at, y + at, y + at},
+                                  stride * size,
+                                  n * size};
                 scan<N, Decay::rows>(n, steps, Direction::forwards, r, w, k, v, out, state, ahead);
                 unpack(steps, n, stride, out, y + at);
             }
@@ -143,8 +150,10 @@ void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& 
     }
 }
 
+template <typename T>
 struct Gradients {
-    float *r, *k, *v, *w, *u, *state;  // u: partial sums (S, H, N), added up by the caller in a fixed order
+    T *r, *k, *v, *w;
+    float *u, *state;  // u: partial sums (S, H, N), added up by the caller in a fixed order
 };
 
 // With G_t = dL/dS_t, primes marking the parts without u, and products of a vector and a vector taken per element:
@@ -156,16 +165,16 @@ struct Gradients {
 //     dg_t = w_t rowsum(G_t S_{t-1}) = A_t - k_t dk'_t       A_{t-1} = dg_t + r_t dr'_t
 //
 // A is formed afresh from both matrices at the end of every tile, so rounding errors add up over TILE steps at most.
-template <int N>
-void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& in, const float* dy,
-              const float* dfinal, const Gradients& grad) {
+template <int N, typename T>
+void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs<T>& in, const T* dy,
+              const float* dfinal, const Gradients<T>& grad) {
     const int n = N ? N : n_runtime;
-    const int64_t stride = heads * n, tile = std::min(TILE, seqs.longest());
+    const int64_t size = sizeof(T), stride = heads * n, tile = std::min(TILE, seqs.longest());
 #pragma omp parallel if (seqs.rows() * stride * n > tiles::PARALLEL_WORK)
     {
-        Scratch<float> scratch(8 * tile * n + 2 * n * n), checkpoints, decays;
+        Scratch<float> scratch(7 * tile * n + 2 * n * n), checkpoints, whole;
         float *r = scratch.data(), *k = r + tile * n, *v = k + tile * n, *dout = v + tile * n;
-        float *dr = dout + tile * n, *dk = dr + tile * n, *dv = dk + tile * n;
+        float *dk = dout + tile * n, *dv = dk + tile * n;
         float *A = dv + tile * n, *G_transposed = A + tile * n, *S_transposed = G_transposed + n * n;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < seqs.count * heads; item++) {
@@ -176,8 +185,8 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
             float* G = grad.state + item * n * n;
             float* du = grad.u + item * n;
             float* states = checkpoints.reserve(tiles_here * n * n);  // S^T at the end of each tile
-            float* all_w = decays.reserve(2 * (end - begin) * n);     // the decay and its logarithm, needed twice
-            float* all_g = all_w + (end - begin) * n;
+            float* all_w = whole.reserve(3 * (end - begin) * n);      // the decay, its logarithm, dr': needed twice
+            float *all_g = all_w + (end - begin) * n, *all_dr = all_g + (end - begin) * n;
             std::memcpy(G, dfinal + item * n * n, n * n * sizeof(float));
             std::fill(du, du + n, 0.0f);
             transpose(n, n, G, G_transposed);
@@ -188,15 +197,14 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
                 pack(steps, n, stride, in.k + at, k);
                 pack(steps, n, stride, in.v + at, v);
                 pack(steps, n, stride, dy + at, dout);
-                float* w = all_w + (t0 - begin) * n;
+                float *w = all_w + (t0 - begin) * n, *dr = all_dr + (t0 - begin) * n;
                 pack_decay(steps, n, stride, in.w + at, all_g + (t0 - begin) * n, w);
                 std::fill(dr, dr + steps * n, 0.0f);
                 const int64_t next = t0 + tile < end ? at + tile * stride : at;
-                const float* results = grad.r + at;
+                const T *next_k = in.k + next, *next_v = in.v + next, *next_dy = dy + next, *next_w = in.w + next;
                 const Ahead ahead{
-                    {in.k + next, in.v + next, dy + next, in.w + next}, {results, results, results, results}, stride};
+                    {next_k, next_v, next_dy, next_w}, {next_k, next_v, next_dy, next_w}, stride * size, n * size};
                 scan<N, Decay::lanes>(n, steps, Direction::forwards, dout, w, v, k, dr, S_transposed, ahead);
-                unpack(steps, n, stride, dr, grad.r + at);
                 std::memcpy(states + i * n * n, S_transposed, n * n * sizeof(float));
             }
 
@@ -206,7 +214,8 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
                 pack(steps, n, stride, in.k + at, k);
                 pack(steps, n, stride, in.v + at, v);
                 pack(steps, n, stride, dy + at, dout);
-                const float *w = all_w + (t0 - begin) * n, *g = all_g + (t0 - begin) * n;
+                const float* w = all_w + (t0 - begin) * n;
+                float *g = all_g + (t0 - begin) * n, *dr = all_dr + (t0 - begin) * n;
                 const float* S_end = states + i * n * n;
                 for (int c = 0; c < n; c += LANES) {
                     vecf a = {};
@@ -215,28 +224,31 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
                 }
                 std::fill(dk, dk + steps * n, 0.0f);
                 const int64_t next = i > 0 ? at - tile * stride : at;
-                const float *saved = grad.r + next, *dw_t = grad.w + at, *dk_t = grad.k + at, *dv_t = grad.v + at;
-                const Ahead inputs{{in.r + next, in.k + next, in.v + next, dy + next}, {dw_t, dk_t, dv_t, dv_t}, stride};
-                const Ahead rest{{saved, saved, saved, saved}, {dw_t, dk_t, dv_t, dv_t}, stride};
-                scan<N, Decay::lanes>(n, steps, Direction::backwards, v, w, dout, r, dk, G_transposed, inputs);
+                const T *next_r = in.r + next, *next_k = in.k + next, *next_v = in.v + next, *next_dy = dy + next;
+                const T *to_r = grad.r + at, *to_k = grad.k + at, *to_v = grad.v + at, *to_w = grad.w + at;
+                const Ahead ahead{{next_r, next_k, next_v, next_dy}, {to_r, to_k, to_v, to_w}, stride * size, n * size};
+                scan<N, Decay::lanes>(n, steps, Direction::backwards, v, w, dout, r, dk, G_transposed, ahead);
                 std::fill(dv, dv + steps * n, 0.0f);
-                scan<N, Decay::rows>(n, steps, Direction::backwards, k, w, r, dout, dv, G, rest);
-                for (int64_t t = steps - 1; t >= 0; t--) {
-                    const int64_t here = at + t * stride, tn = t * n;
+                scan<N, Decay::rows>(n, steps, Direction::backwards, k, w, r, dout, dv, G, ahead);
+                for (int64_t tn = (steps - 1) * n; tn >= 0; tn -= n) {  // the results take their inputs' places
                     const float v_dy = dot(n, v + tn, dout + tn), ruk = dot(n, r + tn, u, k + tn);
                     for (int c = 0; c < n; c += LANES) {
                         const vecf r_t = simd::load(r + tn + c), k_t = simd::load(k + tn + c), u_c = simd::load(u + c);
-                        const vecf dr_t = simd::load(grad.r + here + c), dk_t = simd::load(dk + tn + c);
+                        const vecf dr_t = simd::load(dr + tn + c), dk_t = simd::load(dk + tn + c);
                         const vecf g_t = simd::load(g + tn + c), dg = simd::load(A + c) - k_t * dk_t;
                         simd::store(A + c, dg + r_t * dr_t);
                         // A dead channel's dg is zero up to a rounding error, which g (down to -exp(8)) would magnify.
-                        simd::store(grad.w + here + c, g_t < DEAD ? vecf{} : g_t * dg);
-                        simd::store(grad.r + here + c, dr_t + u_c * k_t * v_dy);
-                        simd::store(grad.k + here + c, dk_t + u_c * r_t * v_dy);
-                        simd::store(grad.v + here + c, simd::load(dv + tn + c) + ruk * simd::load(dout + tn + c));
+                        simd::store(g + tn + c, g_t < DEAD ? vecf{} : g_t * dg);
+                        simd::store(dr + tn + c, dr_t + u_c * k_t * v_dy);
+                        simd::store(dk + tn + c, dk_t + u_c * r_t * v_dy);
+                        simd::store(dv + tn + c, simd::load(dv + tn + c) + ruk * simd::load(dout + tn + c));
                         simd::store(du + c, simd::load(du + c) + r_t * k_t * v_dy);
                     }
                 }
+                unpack(steps, n, stride, dr, grad.r + at);
+                unpack(steps, n, stride, dk, grad.k + at);
+                unpack(steps, n, stride, dv, grad.v + at);
+                unpack(steps, n, stride, g, grad.w + at);
             }
         }
     }
@@ -245,33 +257,26 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
 }  // namespace
 
 // offsets: (sequences + 1) row numbers, or null when every sequence has `length` rows. head_size: a multiple of 16.
-EXPORT(visualrwkv_wkv6_forward)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
-                                int64_t head_size, const float* r, const float* k, const float* v, const float* w,
-                                const float* u, const float* state, float* y, float* final_state) {
-    const Sequences seqs{sequences, length, offsets};
-    const Inputs in{r, k, v, w, u, state};
-    switch (head_size) {
-        case 16: return forward<16>(seqs, heads, 16, in, y, final_state);
-        case 32: return forward<32>(seqs, heads, 32, in, y, final_state);
-        case 64: return forward<64>(seqs, heads, 64, in, y, final_state);
-        case 128: return forward<128>(seqs, heads, 128, in, y, final_state);
-        default: return forward<0>(seqs, heads, static_cast<int>(head_size), in, y, final_state);
+#define FORWARD(name, T)                                                                                          \
+    EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads, int64_t head_size,     \
+                 const T* r, const T* k, const T* v, const T* w, const float* u, const float* state, T* y,        \
+                 float* final_state) {                                                                            \
+        const Inputs<T> in{r, k, v, w, u, state};                                                                 \
+        const Sequences seqs{sequences, length, offsets};                                                         \
+        sized(head_size, [&](auto n) { forward<n>(seqs, heads, int(head_size), in, y, final_state); });           \
     }
-}
+FORWARD(visualrwkv_wkv6_forward, float)
+FORWARD(visualrwkv_wkv6_forward_bf16, simd::bf16)
 
 // du_parts: (sequences, heads, head_size), one partial gradient of u per sequence.
-EXPORT(visualrwkv_wkv6_backward)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
-                                 int64_t head_size, const float* r, const float* k, const float* v, const float* w,
-                                 const float* u, const float* state, const float* dy, const float* dfinal_state,
-                                 float* dr, float* dk, float* dv, float* dw, float* du_parts, float* dstate) {
-    const Sequences seqs{sequences, length, offsets};
-    const Inputs in{r, k, v, w, u, state};
-    const Gradients grad{dr, dk, dv, dw, du_parts, dstate};
-    switch (head_size) {
-        case 16: return backward<16>(seqs, heads, 16, in, dy, dfinal_state, grad);
-        case 32: return backward<32>(seqs, heads, 32, in, dy, dfinal_state, grad);
-        case 64: return backward<64>(seqs, heads, 64, in, dy, dfinal_state, grad);
-        case 128: return backward<128>(seqs, heads, 128, in, dy, dfinal_state, grad);
-        default: return backward<0>(seqs, heads, static_cast<int>(head_size), in, dy, dfinal_state, grad);
+#define BACKWARD(name, T)                                                                                         \
+    EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads, int64_t head_size,     \
+                 const T* r, const T* k, const T* v, const T* w, const float* u, const float* state, const T* dy, \
+                 const float* dfinal_state, T* dr, T* dk, T* dv, T* dw, float* du_parts, float* dstate) {         \
+        const Inputs<T> in{r, k, v, w, u, state};                                                                 \
+        const Gradients<T> grad{dr, dk, dv, dw, du_parts, dstate};                                                \
+        const Sequences seqs{sequences, length, offsets};                                                         \
+        sized(head_size, [&](auto n) { backward<n>(seqs, heads, int(head_size), in, dy, dfinal_state, grad); });  \
     }
-}
+BACKWARD(visualrwkv_wkv6_backward, float)
+BACKWARD(visualrwkv_wkv6_backward_bf16, simd::bf16)

@@ -25,6 +25,7 @@ using tiles::LANES;
 using tiles::pack;
 using tiles::pack_decay;
 using tiles::Sequences;
+using tiles::sized;
 using tiles::transpose;
 using tiles::unpack;
 
@@ -353,13 +354,7 @@ EXPORT(visualrwkv_wkv7_forward)(int64_t sequences, int64_t length, const int64_t
                                 const float* a, const float* b, const float* state, float* y, float* final_state) {
     const Sequences seqs{sequences, length, offsets};
     const Inputs in{r, w, k, v, a, b, state};
-    switch (head_size) {
-        case 16: return forward<16>(seqs, heads, 16, in, y, final_state);
-        case 32: return forward<32>(seqs, heads, 32, in, y, final_state);
-        case 64: return forward<64>(seqs, heads, 64, in, y, final_state);
-        case 128: return forward<128>(seqs, heads, 128, in, y, final_state);
-        default: return forward<0>(seqs, heads, static_cast<int>(head_size), in, y, final_state);
-    }
+    sized(head_size, [&](auto n) { forward<n>(seqs, heads, int(head_size), in, y, final_state); });
 }
 
 EXPORT(visualrwkv_wkv7_backward)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
@@ -370,11 +365,5 @@ EXPORT(visualrwkv_wkv7_backward)(int64_t sequences, int64_t length, const int64_
     const Sequences seqs{sequences, length, offsets};
     const Inputs in{r, w, k, v, a, b, state};
     const Gradients grad{dr, dw, dk, dv, da, db, dstate};
-    switch (head_size) {
-        case 16: return backward<16>(seqs, heads, 16, in, dy, dfinal_state, grad);
-        case 32: return backward<32>(seqs, heads, 32, in, dy, dfinal_state, grad);
-        case 64: return backward<64>(seqs, heads, 64, in, dy, dfinal_state, grad);
-        case 128: return backward<128>(seqs, heads, 128, in, dy, dfinal_state, grad);
-        default: return backward<0>(seqs, heads, static_cast<int>(head_size), in, dy, dfinal_state, grad);
-    }
+    sized(head_size, [&](auto n) { backward<n>(seqs, heads, int(head_size), in, dy, dfinal_state, grad); });
 }

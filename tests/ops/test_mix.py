@@ -174,11 +174,30 @@ def test_what_came_before_is_zero_unless_given(compiled):
     torch.testing.assert_close(token_shift(x, None), torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
 
 
-def test_bf16_in_and_out_on_the_cpu(compiled):
-    inputs = make(2, 30, 8, 2, dtype=torch.bfloat16)
-    found, wanted = run(compiled, inputs), run(token_mix_torch, inputs, dtype=torch.float64)
-    assert [found[n].dtype for n in ("out", "dx", "ddelta")] == [torch.bfloat16] * 3
+@pytest.mark.parametrize("delta", [True, False])
+def test_bf16_in_and_out_on_the_cpu(compiled, delta):
+    cu_seqlens = torch.tensor([0, 1, 127, 128, 300])
+    inputs = make(1, 300, 24, 2, delta, sequences=4, dtype=torch.bfloat16)
+    found = run(compiled, inputs, cu_seqlens)
+    wanted = run(token_mix_torch, inputs, cu_seqlens, torch.float64)
+    assert {found[n].dtype for n in found.keys() - {"dlast", "dmix"}} == {torch.bfloat16}
+    assert_close({n: found.pop(n) for n in ("dmix", "dlast")}, {n: wanted.pop(n) for n in ("dmix", "dlast")}, 3e-3)
     assert_close(found, wanted, 3e-3)
+
+
+def test_rounding_to_bf16(compiled):
+    x = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001, 0x3F808000, 0x3F818000, 0x3F808001, 0x00008001, 0x7F7FFFFF])
+    x = x.to(torch.int32).view(torch.float32)  # three that are no number, three halves and next to them, the largest
+    out = compiled(torch.zeros(1, 1, 8).bfloat16(), x[None], torch.ones(1, 8), None)
+    torch.testing.assert_close(out[0, 0, 0], x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_under_autocast_what_products_read_is_rounded_once(compiled):
+    x, last, weights, delta = make(1, 20, 8, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = token_mix(x, last, weights, delta)
+    assert torch.equal(out, token_mix(x.bfloat16(), last, weights, delta))
+    assert out.dtype is torch.bfloat16
 
 
 def test_the_same_every_time(compiled, emulated):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 PACKAGE = Path(__file__).parents[1]
 Device = Literal["cpu", "cuda"]
+ON_CPU = {torch.float32: "", torch.bfloat16: "_bf16"}  # how the C functions' names end
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # as cuda/gpu.cuh numbers them
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from visualrwkv.ops import library, sequences
 
 PIECE = {"cpu": 128, "cuda": 64}  # rows with a partial sum of their own: PIECE in cuda/mix.cpp and cuda/mix.cu
-ON_CPU = {torch.float32: "", torch.bfloat16: "_bf16"}  # the endings of the C functions' names
 MOST_ON_CUDA = 8  # mixtures: MOST in cuda/mix.cu
 
 
@@ -64,7 +63,7 @@ def token_mix_compiled(
     x: Tensor, last: Tensor | None, mix: Tensor, delta: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """One pass in C++ or CUDA, computed in fp32; shapes as in `token_mix`."""
-    dtype = x.dtype if x.dtype in (library.DTYPE_CODES if x.is_cuda else ON_CPU) else torch.float32
+    dtype = x.dtype if x.dtype in (library.DTYPE_CODES if x.is_cuda else library.ON_CPU) else torch.float32
     delta = None if delta is None else delta.to(dtype)
     arguments = (x.to(dtype), _last(x, last, cu_seqlens).float(), mix.float(), delta, cu_seqlens)
     return torch.ops.visualrwkv.token_mix_forward(*arguments).to(x.dtype)
@@ -97,7 +96,7 @@ def _(x, last, mix, delta, cu_seqlens):
     x, last, mix, delta = (None if t is None else t.contiguous() for t in (x, last, mix, delta))
     count, offsets = sequences.offsets(cu_seqlens, *x.shape[:2])
     out = x.new_empty((mix.shape[0], *x.shape))
-    c_forward = library.function(f"visualrwkv_mix_forward{ON_CPU[x.dtype]}", *_sizes_and(5))
+    c_forward = library.function(f"visualrwkv_mix_forward{library.ON_CPU[x.dtype]}", *_sizes_and(5))
     c_forward(count, x.shape[1], _at(offsets), *mix.shape, *(_at(t) for t in (x, last, mix, delta, out)))
     return out
 
@@ -107,7 +106,7 @@ def _(x, last, mix, delta, cu_seqlens, dout):
     x, last, mix, delta, dout = (None if t is None else t.contiguous() for t in (x, last, mix, delta, dout))
     count, offsets = sequences.offsets(cu_seqlens, *x.shape[:2])
     dx, dlast, dmix_parts, ddelta = _gradients(x, last, mix, delta, PIECE["cpu"])
-    c_backward = library.function(f"visualrwkv_mix_backward{ON_CPU[x.dtype]}", *_sizes_and(9))
+    c_backward = library.function(f"visualrwkv_mix_backward{library.ON_CPU[x.dtype]}", *_sizes_and(9))
     tensors = (x, last, mix, delta, dout, dx, dlast, dmix_parts, None if delta is None else ddelta)
     c_backward(count, x.shape[1], _at(offsets), *mix.shape, *(_at(t) for t in tensors))
     return dx, dlast, dmix_parts.sum(0), ddelta

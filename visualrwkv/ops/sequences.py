@@ -114,7 +114,9 @@ def call_cpu(name: str, cu_seqlens: Tensor | None, r: Tensor, *tensors: Tensor) 
     """Call a C function: sequences, length, offsets, heads and head size come before the tensors."""
     B, T, H, N = r.shape
     sequences, starts = offsets(cu_seqlens, B, T)
-    call = library.function(name, c_int64, c_int64, c_void_p, c_int64, c_int64, *(c_void_p,) * (1 + len(tensors)))
+    call = library.function(
+        name + library.ON_CPU[r.dtype], c_int64, c_int64, c_void_p, c_int64, c_int64, *(c_void_p,) * (1 + len(tensors))
+    )
     call(
         *(sequences, T, None if starts is None else starts.data_ptr(), H, N),
         *(x.data_ptr() for x in (r, *tensors)),

@@ -183,7 +183,7 @@ def wkv6_compiled(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The recurrence in C++ or CUDA, for N a multiple of 16 (CUDA: up to 256); shapes as in `wkv6`."""
-    bf16 = r.is_cuda and all(x.dtype is torch.bfloat16 for x in (r, k, v, w))
+    bf16 = all(x.dtype is torch.bfloat16 for x in (r, k, v, w))
     rows, u = [x.to(torch.bfloat16 if bf16 else torch.float32) for x in (r, k, v, w)], u.float()
     state = zero_state(r, cu_seqlens) if state is None else state
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, u, state))
@@ -242,7 +242,7 @@ def _backward(ctx, dy, dS, _):
 torch.library.register_autograd("visualrwkv::wkv6_forward", _backward, setup_context=save_for_backward)
 
 
-# On CUDA: r, k, v, w, y and their gradients are all bf16 or all fp32, the rest is fp32 ---------------------------------
+# On CUDA, as on the CPU, r, k, v, w, y and their gradients are all bf16 or all fp32; the rest is fp32 ------------------
 
 
 def _forward_cuda(r, k, v, w, u, state, cu_seqlens, keep):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from visualrwkv.config import RWKVConfig
+from visualrwkv.ops.elementwise import reorder
 from visualrwkv.rwkv.state import State
 
 
@@ -99,10 +100,10 @@ class RWKV(nn.Module):
             if order is None:
                 x, after, v_first = block(x, cu_seqlens, before, v_first)
             else:
-                values = None if v_first is None else v_first.index_select(0, order.read)
-                x, after, values = block(x.index_select(0, order.read), cu_seqlens, before, values)
-                x = x.index_select(0, order.back)
+                values = None if v_first is None else reorder(v_first, order.read, order.back)
+                x, after, values = block(reorder(x, order.read, order.back), cu_seqlens, before, values)
+                x = reorder(x, order.back, order.read)
                 if v_first is None and values is not None:  # each token's values follow it into every block's order
-                    v_first = values.index_select(0, order.back)
+                    v_first = reorder(values, order.back, order.read)
             parts.append(after)
         return self.ln_out(x), State(*(torch.stack(p) for p in zip(*parts)))

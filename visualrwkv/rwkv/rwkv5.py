@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from visualrwkv.config import RWKVConfig
 from visualrwkv.ops import wkv6
+from visualrwkv.ops.elementwise import relu_squared
 from visualrwkv.ops.mix import token_mix
 from visualrwkv.rwkv.network import RWKV
 
@@ -88,7 +89,7 @@ class ChannelMix(nn.Module):
         """x (T, C), last (S, C) -> (T, C)."""
         kept = torch.cat([self.time_mix_k, self.time_mix_r], 1)[0]
         xk, xr = token_mix(x[None], last, 1 - kept, None, cu_seqlens).squeeze(1).unbind(0)
-        return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square())
+        return torch.sigmoid(self.receptance(xr)) * self.value(relu_squared(self.key(xk)))
 
 
 class RWKV5(RWKV):

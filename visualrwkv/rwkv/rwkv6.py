@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from visualrwkv.config import RWKVConfig
 from visualrwkv.ops import wkv6
+from visualrwkv.ops.elementwise import relu_squared
 from visualrwkv.ops.mix import token_mix
 from visualrwkv.rwkv.network import RWKV
 
@@ -105,7 +106,7 @@ class ChannelMix(nn.Module):
         """x (T, C), last (S, C) -> (T, C)."""
         maa = torch.cat([self.time_maa_k, self.time_maa_r], 1)[0]
         xk, xr = token_mix(x[None], last, maa, None, cu_seqlens).squeeze(1).unbind(0)
-        k = torch.relu(self.key(xk)).square()
+        k = relu_squared(self.key(xk))
         r = torch.sigmoid(self.receptance(xr))
         return r * self.value(k)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from visualrwkv.config import RWKVConfig
 from visualrwkv.ops import wkv7
+from visualrwkv.ops.elementwise import relu_squared
 from visualrwkv.ops.mix import token_mix
 from visualrwkv.rwkv.network import RWKV
 
@@ -123,7 +124,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
         """x (T, C), last (S, C) -> (T, C)."""
-        return self.value(torch.relu(self.key(token_mix(x[None], last, self.x_k[0], None, cu_seqlens)[0, 0])).square())
+        return self.value(relu_squared(self.key(token_mix(x[None], last, self.x_k[0], None, cu_seqlens)[0, 0])))
 
 
 class RWKV7(RWKV):

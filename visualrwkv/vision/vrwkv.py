@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from visualrwkv.config import VISION_PRESETS, VRWKVConfig, preset
 from visualrwkv.files import fill, read_tensors
 from visualrwkv.ops import bi_wkv, bidirectional_wkv6
+from visualrwkv.ops.elementwise import relu_squared
 
 
 def q_shift(x: Tensor, grid: tuple[int, int], heads: int = 1) -> Tensor:
@@ -156,7 +157,7 @@ class ChannelMix(nn.Module):
         """(B, P, D) -> (B, P, D)."""
         s = q_shift(x, grid, self.n_head)
         step = x - s
-        k = self.key_norm(torch.relu(self.key(torch.addcmul(s, step, self.spatial_mix_k))).square())
+        k = self.key_norm(relu_squared(self.key(torch.addcmul(s, step, self.spatial_mix_k))))
         r = self.receptance(torch.addcmul(s, step, self.spatial_mix_r))
         return torch.sigmoid(r) * self.value(k)
 

@@ -167,27 +167,39 @@ void multiply(int n, const float* matrix, const float* x, float* out) {
 }
 
 // The rows one later than those of a tile; past the last one stand zeros, or a decay of 1.
-void pack_next(int64_t steps, bool last, int n, int64_t stride, const float* from, float* to) {
+template <typename T>
+void pack_next(int64_t steps, bool last, int n, int64_t stride, const T* from, float* to) {
     pack(steps - last, n, stride, from + stride, to);
     if (last) std::fill(to + (steps - 1) * n, to + steps * n, 0.0f);
 }
 
-void pack_next_decay(int64_t steps, bool last, int n, int64_t stride, const float* raw, float* decay) {
+template <typename T>
+void pack_next_decay(int64_t steps, bool last, int n, int64_t stride, const T* raw, float* decay) {
     pack_decay(steps - last, n, stride, raw + stride, nullptr, decay);
     if (last) std::fill(decay + (steps - 1) * n, decay + steps * n, 1.0f);
 }
 
+// T: what the rows are in memory, float or simd::bf16; states are fp32.
+template <typename T>
 struct Inputs {
-    const float *r, *w, *k, *v, *a, *b, *state;
+    const T *r, *w, *k, *v, *a, *b;
+    const float* state;
 };
 
 // One step by itself, from state to next (n, n) as they lie in memory: y = S' r is read off the old state, as
-// S (w r) + sa (b r) + v (k r), together with sa = S a. `scratch` holds (4 LANES + 4) n floats.
-void single_step(int n, const float* r, const float* raw_w, const float* k, const float* v, const float* a,
-                 const float* b, const float* state, float* scratch, float* y, float* next) {
+// S (w r) + sa (b r) + v (k r), together with sa = S a. `at` is where the step's rows begin. `scratch` holds
+// (4 LANES + 9) n floats.
+template <typename T>
+void single_step(int n, const Inputs<T>& in, int64_t at, const float* state, float* scratch, T* y, float* next) {
     float *w = scratch, *wr = w + n, *sa = wr + n, *read = sa + n;
-    float *lanes = read + n, *sums = lanes + 2 * n * LANES;  // of the rows for sa, then for `read`
-    pack_decay(1, n, 0, raw_w, nullptr, w);
+    float *r = read + n, *k = r + n, *v = k + n, *a = v + n, *b = a + n;
+    float *lanes = b + n, *sums = lanes + 2 * n * LANES;  // of the rows for sa, then for `read`
+    pack_decay(1, n, 0, in.w + at, nullptr, w);
+    pack(1, n, 0, in.r + at, r);
+    pack(1, n, 0, in.k + at, k);
+    pack(1, n, 0, in.v + at, v);
+    pack(1, n, 0, in.a + at, a);
+    pack(1, n, 0, in.b + at, b);
     for (int j = 0; j < n; j += LANES) simd::store(wr + j, simd::load(w + j) * simd::load(r + j));
     for (int i = 0; i < n; i++) {
         vecf of_a = {}, of_wr = {};
@@ -207,20 +219,20 @@ void single_step(int n, const float* r, const float* raw_w, const float* k, cons
     }
     const float br = dot(n, b, r), kr = dot(n, k, r);
     for (int i = 0; i < n; i++) {
-        y[i] = read[i] + sa[i] * br + v[i] * kr;
+        y[at + i] = T(read[i] + sa[i] * br + v[i] * kr);
         for (int j = 0; j < n; j += LANES)
             simd::store(next + i * n + j, simd::load(w + j) * simd::load(state + i * n + j) +
                                               (sa[i] * simd::load(b + j) + v[i] * simd::load(k + j)));
     }
 }
 
-template <int N>
-void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& in, float* y, float* final_state) {
+template <int N, typename T>
+void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs<T>& in, T* y, float* final_state) {
     const int n = N ? N : n_runtime;
     const int64_t stride = heads * n, tile = std::min(tiles::TILE, seqs.longest());
 #pragma omp parallel if (seqs.rows() * stride * n > tiles::PARALLEL_WORK)
     {
-        Scratch<float> scratch(std::max<int64_t>(7 * tile * n + n + n * n, (4 * LANES + 4) * n));
+        Scratch<float> scratch(std::max<int64_t>(7 * tile * n + n + n * n, (4 * LANES + 9) * n));
         float *r = scratch.data(), *w = r + tile * n, *k = w + tile * n, *v = k + tile * n, *a = v + tile * n;
         float *b = a + tile * n, *out = b + tile * n, *sa = out + tile * n, *state = sa + n;
 #pragma omp for schedule(dynamic, 1)
@@ -229,12 +241,12 @@ void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& 
             const int64_t begin = seqs.begin(sequence), end = seqs.end(sequence);
             if (end - begin == 1) {
                 const int64_t at = begin * stride + head * n;
-                single_step(n, in.r + at, in.w + at, in.k + at, in.v + at, in.a + at, in.b + at,
-                            in.state + item * n * n, scratch.data(), y + at, final_state + item * n * n);
+                single_step(n, in, at, in.state + item * n * n, scratch.data(), y, final_state + item * n * n);
                 continue;
             }
             transpose(n, n, in.state + item * n * n, state);
-            multiply(n, state, in.a + begin * stride + head * n, sa);
+            pack(1, n, 0, in.a + begin * stride + head * n, a);
+            multiply(n, state, a, sa);
             for (int64_t t0 = begin; t0 < end; t0 += tile) {
                 const int64_t steps = std::min(tile, end - t0), at = t0 * stride + head * n;
                 pack(steps, n, stride, in.r + at, r);
@@ -251,8 +263,10 @@ void forward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& 
     }
 }
 
+template <typename T>
 struct Gradients {
-    float *r, *w, *k, *v, *a, *b, *state;
+    T *r, *w, *k, *v, *a, *b;
+    float* state;
 };
 
 // With G_t = dL/dS_t, the gradients of what is read and written at a step are
@@ -264,9 +278,9 @@ struct Gradients {
 // First G walks backwards for dv and dsa; then S forwards for sa, leaving S at the start of every tile; then each tile,
 // the last one first, is walked forwards from there with S and backwards with G for everything else. Nothing divides by
 // a decay to find an earlier state from a later one.
-template <int N>
-void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs& in, const float* dy,
-              const float* dfinal, const Gradients& grad) {
+template <int N, typename T>
+void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs<T>& in, const T* dy,
+              const float* dfinal, const Gradients<T>& grad) {
     const int n = N ? N : n_runtime;
     const int64_t stride = heads * n, longest = seqs.longest(), tile = std::min(TILE, longest);
     const int64_t most_tiles = (longest + tile - 1) / tile, area = tile * n;
@@ -302,7 +316,8 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
             }
 
             transpose(n, n, in.state + item * n * n, matrix);
-            multiply(n, matrix, in.a + begin * stride + head * n, sa);
+            pack(1, n, 0, in.a + begin * stride + head * n, a);
+            multiply(n, matrix, a, sa);
             std::memcpy(carried, sa, n * sizeof(float));
             for (int64_t i = 0; i < tiles_here; i++) {
                 const int64_t t0 = begin + i * tile, steps = std::min(tile, end - t0), at = t0 * stride + head * n;
@@ -349,21 +364,26 @@ void backward(const Sequences& seqs, int64_t heads, int n_runtime, const Inputs&
 }  // namespace
 
 // offsets: (sequences + 1) row numbers, or null when every sequence has `length` rows. head_size: a multiple of 16.
-EXPORT(visualrwkv_wkv7_forward)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
-                                int64_t head_size, const float* r, const float* w, const float* k, const float* v,
-                                const float* a, const float* b, const float* state, float* y, float* final_state) {
-    const Sequences seqs{sequences, length, offsets};
-    const Inputs in{r, w, k, v, a, b, state};
-    sized(head_size, [&](auto n) { forward<n>(seqs, heads, int(head_size), in, y, final_state); });
-}
+#define FORWARD(name, T)                                                                                          \
+    EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads, int64_t head_size,     \
+                 const T* r, const T* w, const T* k, const T* v, const T* a, const T* b, const float* state,      \
+                 T* y, float* final_state) {                                                                      \
+        const Sequences seqs{sequences, length, offsets};                                                         \
+        const Inputs<T> in{r, w, k, v, a, b, state};                                                              \
+        sized(head_size, [&](auto n) { forward<n>(seqs, heads, int(head_size), in, y, final_state); });           \
+    }
+FORWARD(visualrwkv_wkv7_forward, float)
+FORWARD(visualrwkv_wkv7_forward_bf16, simd::bf16)
 
-EXPORT(visualrwkv_wkv7_backward)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads,
-                                 int64_t head_size, const float* r, const float* w, const float* k, const float* v,
-                                 const float* a, const float* b, const float* state, const float* dy,
-                                 const float* dfinal_state, float* dr, float* dw, float* dk, float* dv, float* da,
-                                 float* db, float* dstate) {
-    const Sequences seqs{sequences, length, offsets};
-    const Inputs in{r, w, k, v, a, b, state};
-    const Gradients grad{dr, dw, dk, dv, da, db, dstate};
-    sized(head_size, [&](auto n) { backward<n>(seqs, heads, int(head_size), in, dy, dfinal_state, grad); });
-}
+#define BACKWARD(name, T)                                                                                         \
+    EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t heads, int64_t head_size,     \
+                 const T* r, const T* w, const T* k, const T* v, const T* a, const T* b, const float* state,      \
+                 const T* dy, const float* dfinal_state, T* dr, T* dw, T* dk, T* dv, T* da, T* db,                \
+                 float* dstate) {                                                                                 \
+        const Sequences seqs{sequences, length, offsets};                                                         \
+        const Inputs<T> in{r, w, k, v, a, b, state};                                                              \
+        const Gradients<T> grad{dr, dw, dk, dv, da, db, dstate};                                                  \
+        sized(head_size, [&](auto n) { backward<n>(seqs, heads, int(head_size), in, dy, dfinal_state, grad); });  \
+    }
+BACKWARD(visualrwkv_wkv7_backward, float)
+BACKWARD(visualrwkv_wkv7_backward_bf16, simd::bf16)

@@ -66,6 +66,24 @@ def test_single_precision_is_close(net, single, equations):
     assert {t.dtype for t in (state.att_shift, state.ffn_shift, state.wkv)} == {torch.float32}
 
 
+def test_autocast_trains(net, single):
+    """Products in bf16, parameters in fp32: every gradient points where the one in double precision does."""
+    ids, bounds = row(9, 30)
+    exact = LANGUAGE_MODELS[net.config.version](net.config).double()
+    exact.load_state_dict(net.state_dict())
+    slope = torch.randn(39, 32, generator=torch.Generator().manual_seed(2))
+    exact(exact.emb(ids), bounds)[0].backward(slope.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, state = single(single.emb(ids), bounds)
+    hidden.backward(slope)
+    assert (hidden.dtype, state.wkv.dtype) == (torch.float32, torch.float32)
+    for (name, found), (_, want) in zip(single.named_parameters(), exact.named_parameters(), strict=True):
+        if name == "head.weight":
+            continue  # the caller's
+        assert found.grad.dtype is torch.float32
+        assert torch.cosine_similarity(found.grad.flatten().double(), want.grad.flatten(), 0) > 0.98, name
+
+
 def test_packed_equals_the_equations_of_each(net, equations):
     lengths = (7, 1, 12, 2)
     ids, bounds = row(*lengths)

@@ -220,8 +220,8 @@ def wkv7_compiled(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence in C++ or CUDA, for N a multiple of 16 (CUDA: up to 128); shapes as in `wkv7`."""
     inputs = [r, w, k, v, a, b]
-    if not (r.is_cuda and all(x.dtype is torch.bfloat16 for x in inputs)):
-        inputs = [x.float() for x in inputs]  # fp32: the CPU library's only dtype
+    if not all(x.dtype is torch.bfloat16 for x in inputs):
+        inputs = [x.float() for x in inputs]
     state = zero_state(r, cu_seqlens) if state is None else state
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state))
     y, S, _ = torch.ops.visualrwkv.wkv7_forward(*inputs, state, cu_seqlens, keep)

@@ -94,18 +94,19 @@ class TimeMix(nn.Module):
         mixes = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g], 1)[0]
         xr, xw, xk, xv, xa, xg = token_mix(x[None], last, mixes, None, cu_seqlens).squeeze(1).unbind(0)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        dtype = r.dtype  # under autocast a product's, not the parameters'
         w = -F.softplus(-(self.w0[0] + torch.tanh(xw @ self.w1) @ self.w2)) - 0.5  # a decay between 0.545 and 1
         if v_first is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0[0] + (xv @ self.v1) @ self.v2))
-        a = torch.sigmoid(self.a0[0] + (xa @ self.a1) @ self.a2)
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0[0].to(dtype) + (xv @ self.v1) @ self.v2))
+        a = torch.sigmoid(self.a0[0].to(dtype) + (xa @ self.a1) @ self.a2)
         g = torch.sigmoid(xg @ self.g1) @ self.g2
-        kk = F.normalize((k * self.k_k[0]).view(T, H, N), dim=-1)
-        k = k * (1 + (a - 1) * self.k_a[0])
-        r, w, k, v, a = (t.to(x.dtype).view(T, H, N) for t in (r, w, k, v, a))
+        kk = F.normalize((k * self.k_k[0].to(dtype)).view(T, H, N), dim=-1)
+        k = k * (1 + (a - 1) * self.k_a[0].to(dtype))
+        r, w, k, v, a = (t.view(T, H, N) for t in (r, w.to(dtype), k, v, a))
         y, wkv = wkv7(r[None], w[None], k[None], v[None], -kk[None], (kk * a)[None], wkv, cu_seqlens)
-        own = (r * k * self.r_k).sum(-1, keepdim=True) * v  # the current token, by a way of its own
+        own = (r * k * self.r_k.to(dtype)).sum(-1, keepdim=True) * v  # the current token, by a way of its own
         return self.output((self.ln_x(y.view(T, C)) + own.view(T, C)) * g), wkv, v_first
 
 

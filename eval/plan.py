@@ -27,9 +27,7 @@ class Bench:
     code: ModuleType
     data: Path
     splits: tuple[str, ...]
-    source: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of files that were fetched: where from, and where they lie
+    source: Mapping[str, Any] = field(default_factory=dict)  # of fetched files: where from, and where they lie
 
     @property
     def stem(self) -> str:

@@ -95,7 +95,7 @@ def read_figure(file: Path, result: Mapping[str, Any], name: str, column: Column
     answers = Path(result["predictions"]) if result.get("predictions") else file.parent / f"{stem}-{split}.jsonl"
     try:
         rows = read_jsonl(answers)
-        data = Path(result["data"])
+        data = Path(told.get("data") or result["data"])  # the former where it was fetched from the Hub
         values = question_values(stem, data, split, rows, bare.limit)
         pictures = question_pictures(stem, data, split, rows, values)
     except (FileNotFoundError, ValueError, KeyError) as error:

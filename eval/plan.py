@@ -1,16 +1,17 @@
-"""Which benches are asked for, where in DATA their files lie, and which of their splits are taken."""
+"""Which benches are asked for, where their files lie (in DATA, or fetched from the Hub), and which of their splits are taken."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from asking import Rank
+from online import fetched
 from questions import note
 
 from visualrwkv.config import choose
@@ -26,6 +27,7 @@ class Bench:
     code: ModuleType
     data: Path
     splits: tuple[str, ...]
+    source: Mapping[str, Any] = field(default_factory=dict)  # of fetched files: where from, and where they lie
 
     @property
     def stem(self) -> str:
@@ -34,14 +36,18 @@ class Bench:
 
 
 def planned(bench: str, data: Path | None, split: str | None) -> list[Bench]:
-    """The benches that are asked for; FileNotFoundError with the trees of their files where these are missing."""
+    """The benches that are asked for, their files fetched where no DATA is given; FileNotFoundError with the trees of their
+    files where these are missing."""
     names = bench.split(",")
     for name in names:
         choose("bench", name.replace("-", "_"), BENCHES)
     codes = {name: importlib.import_module(f"benches.{name.replace('-', '_')}") for name in names}
     if data is None:
-        trees = "\n".join(code.TREE for code in codes.values())
-        raise FileNotFoundError(f"--data is missing: {bench} needs a directory with the official files\n{trees}")
+        try:
+            return [from_hub(code, name, split) for name, code in codes.items()]
+        except FileNotFoundError as error:
+            trees = "\n".join(code.TREE for code in codes.values())
+            raise FileNotFoundError(f"{error}\n{trees}") from error
     benches = []
     for name, code in codes.items():
         place = placed(code, name, data)
@@ -57,6 +63,23 @@ def planned(bench: str, data: Path | None, split: str | None) -> list[Bench]:
                 note(f"{name}: split {found[0]} is taken; there are also the files of {', '.join(found[1:])} (--split)")
         benches.append(Bench(name, code, place, tuple(taken)))
     return benches
+
+
+def from_hub(code: ModuleType, name: str, split: str | None) -> Bench:
+    """A bench of the Hub's rows; what is different in them is said."""
+    files = fetched(name, split)
+    if files.split not in code.splits(files.place):
+        raise FileNotFoundError(
+            f"{files.place} does not hold split {files.split} of {name}; delete it to fetch it again"
+        )
+    if Rank.here().number == 0:
+        words = (
+            f"{name}: split {files.split} is taken from {files.source['repository']}, whose files lie in {files.place}"
+        )
+        words += f"; {files.differs}" if files.differs else ""
+        note(words + (f"; there are also {', '.join(files.others)} (--split)" if files.others and not split else ""))
+    source = {name: files.source[name] for name in ("repository", "revision")} | {"data": str(files.place)}
+    return Bench(name, code, files.place, (files.split,), source)
 
 
 def placed(code: ModuleType, name: str, data: Path) -> Path:

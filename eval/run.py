@@ -1,4 +1,4 @@
-"""`python eval/run.py --bench NAME[,NAME] --data DIR`: ask a model a bench's questions, or take saved answers, and score them.
+"""`python eval/run.py --bench NAME[,NAME]`: ask a model a bench's questions, or take saved answers, and score them.
 
 The last line on stdout is one JSON object, bench → scores. Answers are appended in OUT as they come, so the same command after a
 crash asks only what is left; OUT/result.json says what came out under which settings.
@@ -35,7 +35,7 @@ class Options:
     """Ask a model a bench's questions, or take saved answers, and score them."""
 
     bench: str  # one or several, separated by commas
-    data: Path | None = None  # the bench's files, or folders of several benches' names; left out, they are named
+    data: Path | None = None  # the bench's files, or folders of several benches' names; left out, the Hub's are fetched
     model: str | None = None  # default: the newest model under runs/
     predictions: Path | None = None  # score these answers (JSONL with question_id and text) and load no model
     out: Path | None = None  # default: eval-<hash of the model>/ in its directory; none with --predictions
@@ -158,6 +158,11 @@ def bench_settings(bench: Bench, split: str) -> dict[str, Any]:
     return bench.code.settings(bench.data, split) if hasattr(bench.code, "settings") else {}
 
 
+def data_of(options: Options) -> str | None:
+    """DATA, as a result says it; where it was fetched the settings of each bench say where it lies."""
+    return str(options.data) if options.data else None
+
+
 def submit(bench: Bench, split: str, rows: list[Row], out: Path) -> None:
     """Write the official submission file, where there is one."""
     if not hasattr(bench.code, "submit"):
@@ -202,10 +207,10 @@ def saved(options: Options, benches: list[Bench]) -> None:
     (bench,) = benches
     score, more, count = score_saved(bench, options)
     if options.out:
-        named = {"predictions": str(options.predictions), "data": str(options.data), "limit": 0}
+        named = {"predictions": str(options.predictions), "data": data_of(options), "limit": 0}
         figures = {"scores": score, "more": more, "questions": count, "seconds": time.monotonic() - began}
         by_bench = {name: {bench.name: figure} for name, figure in figures.items()}
-        settings = {bench.name: bench_settings(bench, bench.splits[0]) | {"splits": bench.splits}}
+        settings = {bench.name: bench_settings(bench, bench.splits[0]) | {"splits": bench.splits, **bench.source}}
         write_result(options.out, by_bench | {"settings": settings} | named | surroundings() | {"notes": NOTES})
     say({bench.name: score}, {bench.name: more})
 
@@ -241,13 +246,14 @@ def fresh(options: Options, benches: list[Bench]) -> None:
             "scores": score,
             "more": more,
             "questions": count,
-            "settings": {key: value for part in told for key, value in part.items()} | {"splits": bench.splits},
+            "settings": {key: value for part in told for key, value in part.items()}
+            | {"splits": bench.splits, **bench.source},
             "seconds": time.monotonic() - began,
         }
         for name, figure in figures.items():
             by_bench[name][bench.name] = figure
         if rank.number == 0:
-            named = {"model": model, "data": str(options.data), "limit": options.limit, "device": device}
+            named = {"model": model, "data": data_of(options), "limit": options.limit, "device": device}
             write_result(out, by_bench | settings | named | surroundings() | {"ranks": rank.count, "notes": NOTES})
     if rank.number == 0:
         say(by_bench["scores"], by_bench["more"])

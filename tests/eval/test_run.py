@@ -44,18 +44,6 @@ def told(place, out, *options):
     return [*map(str, given), "--max-new-tokens", "3", "--batch-size", "4", *options]
 
 
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """here(arguments…): the last line of a run in this process, as JSON."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["eval/run.py", *map(str, arguments)])
-        run.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(place):
     """What a run leaves that nothing disturbs, and its last line."""
@@ -199,7 +187,9 @@ def test_saved_answers_need_no_model_and_no_torch(place, tmp_path):
         ("--bench scenes --model {place}/nothing --data {place}", "nothing"),
         ("--bench scenes --data {place} --split dev", "split is 'dev'; allowed are test, test_unseen"),
         ("--bench sceens --data {place}", "bench is 'sceens'; allowed are"),
-        ("--bench scenes,vqav2", "--data is missing: scenes,vqav2 needs"),
+        ("--bench scenes,vqav2", "scenes: it is drawn by scripts/quickstart.sh"),
+        ("--bench pope", "pope: lmms-lab/POPE cannot be reached"),
+        ("--bench pope --split dev", "split is 'dev'; allowed are test"),
         ("--bench scenes --data {place} --predictions {place}/none.jsonl --split test", "none.jsonl"),
         ("--bench scenes --data {place} --predictions {place}/test.json", "several splits"),
         ("--bench scenes --data {place} --predictions {place}/test.json --split test", "a list stands where"),

@@ -25,14 +25,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def take_turns(
-    candidates: Mapping[str, Callable[[], object]], seconds: float = 20.0, least: int = 5, most: int = 200
+    candidates: Mapping[str, Callable[[], object]],
+    seconds: float = 20.0,
+    least: int = 5,
+    most: int = 200,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each call of each candidate, in rounds in which each runs once, for about `seconds` in all.
 
-    At least `least` rounds after one to warm up; who goes first changes from round to round.
+    At least `least` rounds after one to warm up, unless they are warm; who goes first changes from round to round.
     """
     names = list(candidates)
-    for run in candidates.values():
+    for run in () if warm else candidates.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in names}
     began = time.perf_counter()

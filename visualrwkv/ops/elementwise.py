@@ -9,7 +9,9 @@ from torch.autograd.function import once_differentiable
 
 def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0)², elementwise: RWKV's activation between the two products of its channel mix."""
-    return _ReluSquared.apply(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _ReluSquared.apply(x)
+    return torch.relu(x).square_()
 
 
 def reorder(x: Tensor, read: Tensor, back: Tensor) -> Tensor:

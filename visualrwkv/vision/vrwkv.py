@@ -50,12 +50,13 @@ def moved(x: Tensor, grid: tuple[int, int], heads: int, way: int) -> Tensor:
     B, P, D = x.shape
     q = D // heads // 4
     x = x.reshape(B, *grid, heads, D // heads)
-    out = torch.zeros_like(x)
+    out = torch.empty_like(x)
     for quarter, (axis, step) in enumerate(((2, 1), (2, -1), (1, 1), (1, -1))):
-        channels = slice(quarter * q, (quarter + 1) * q)
+        from_, to = (t[..., quarter * q : (quarter + 1) * q] for t in (x, out))
         count = x.shape[axis] - 1
         source, target = (0, 1) if step * way > 0 else (1, 0)
-        out[..., channels].narrow(axis, target, count).copy_(x[..., channels].narrow(axis, source, count))
+        to.narrow(axis, target, count).copy_(from_.narrow(axis, source, count))
+        to.select(axis, 0 if target else count).zero_()
     out[..., 4 * q :] = x[..., 4 * q :]
     return out.view(B, P, D)
 
@@ -84,12 +85,13 @@ class SpatialMix(nn.Module):
         """(B, P, D) -> (B, P, D)."""
         T = x.shape[1]
         s = q_shift(x, grid)
-        step = x - s
-        k = self.key(torch.addcmul(s, step, self.spatial_mix_k))  # μ·x + (1 − μ)·shift(x)
-        v = self.value(torch.addcmul(s, step, self.spatial_mix_v))
-        r = self.receptance(torch.addcmul(s, step, self.spatial_mix_r))
+        k = self.key(torch.lerp(s, x, self.spatial_mix_k))  # μ·x + (1 − μ)·shift(x)
+        v = self.value(torch.lerp(s, x, self.spatial_mix_v))
+        r = torch.sigmoid_(self.receptance(torch.lerp(s, x, self.spatial_mix_r)))
+        del s  # memory at large pictures, here and below: what nothing reads any more goes at once
         y = self.key_norm(bi_wkv(self.spatial_decay / T, self.spatial_first / T, k, v))
-        return self.output(torch.sigmoid(r) * y)
+        del k, v
+        return self.output(r * y)
 
 
 class SpatialMix6(nn.Module):
@@ -156,10 +158,10 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, P, D) -> (B, P, D)."""
         s = q_shift(x, grid, self.n_head)
-        step = x - s
-        k = self.key_norm(relu_squared(self.key(torch.addcmul(s, step, self.spatial_mix_k))))
-        r = self.receptance(torch.addcmul(s, step, self.spatial_mix_r))
-        return torch.sigmoid(r) * self.value(k)
+        r = torch.sigmoid_(self.receptance(torch.lerp(s, x, self.spatial_mix_r)))
+        k = self.key(torch.lerp(s, x, self.spatial_mix_k))
+        del s
+        return r * self.value(self.key_norm(relu_squared(k)))
 
 
 class Block(nn.Module):

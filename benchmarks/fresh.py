@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import measure  # first: it pins threads
+import torch
 
 
 def partial_file(name: str) -> Path:
@@ -80,3 +81,18 @@ class Peak:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.most, self.after = resident("VmHWM"), resident()
+
+
+class CudaPeak:
+    """The same of a GPU's memory, as far as torch gave it out."""
+
+    def __enter__(self) -> CudaPeak:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.synchronize()
+        self.most, self.after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()

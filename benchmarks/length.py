@@ -161,7 +161,7 @@ def times(length: int, seconds: float) -> dict[str, Any]:
         model.say()
     whole = prompt(length)
     reads = {name: finished(lambda model=model: model.read(*whole)) for name, model in models.items()}  # type: ignore[misc]
-    found = {"prefill": measure.figures(measure.take_turns(reads, seconds, 3))}
+    found = {"prefill": measure.figures(measure.take_turns(reads, seconds, 3, warm=True))}
     llava = models["LLaVA"]
     assert isinstance(llava, Llava)
     llava.lay_out()
@@ -173,25 +173,10 @@ def times(length: int, seconds: float) -> dict[str, Any]:
     return {**found, "parameters": sizes}
 
 
-class CudaPeak:
-    """As `fresh.Peak`, of a GPU's memory."""
-
-    def __enter__(self) -> CudaPeak:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        torch.cuda.synchronize()
-        self.most, self.after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-
-
 @torch.inference_mode()
 def memory(name: str, length: int) -> dict[str, int]:
     """Bytes: what is kept between tokens, by its tensors; what the process grew by, and had at most."""
-    Peak = CudaPeak if DEVICE == "cuda" else fresh.Peak
+    Peak = fresh.CudaPeak if DEVICE == "cuda" else fresh.Peak
     with Peak() as building:
         model = build(name)
     with Peak() as packing:  # the first token lays the weights out anew

@@ -27,14 +27,15 @@ def partial_file(name: str) -> Path:
 
 
 def each(name: str, script: str, cases: Sequence[str], options: Sequence[str] = ()) -> dict[str, Any]:
-    """The result of every case, by its name. Those that an earlier run with the same options left are not run again.
+    """The result of every case, by its name. Those that an earlier run of the same commit and options left are kept.
 
     A case that the kernel kills, as it does for lack of memory, is kept as {"failed": why}.
     """
     path = partial_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}
-    found: dict[str, Any] = kept["results"] if kept.get("options") == list(options) else {}
+    of = {"commit": measure.commit(), "options": list(options)}
+    found: dict[str, Any] = kept["results"] if kept.get("of") == of else {}
     for number, case in enumerate(cases):
         if case in found:
             print(f"{case}: kept from an earlier run", flush=True)
@@ -42,7 +43,7 @@ def each(name: str, script: str, cases: Sequence[str], options: Sequence[str] = 
         print(f"{case} ({number + 1} of {len(cases)})", flush=True)
         found[case] = _run([sys.executable, script, *options, "--only", case])
         part = path.with_suffix(".part")
-        part.write_text(json.dumps({"options": list(options), "results": found}, indent=1) + "\n")
+        part.write_text(json.dumps({"of": of, "results": found}, indent=1) + "\n")
         part.replace(path)
     return {case: found[case] for case in cases}
 

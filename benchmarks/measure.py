@@ -86,7 +86,7 @@ def record(name: str, measured: dict[str, Any], packages: tuple[str, ...], folde
             versions[package] = "absent"
     result = {
         "command": " ".join(["python", *map(str, sys.argv)]),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": commit(),
         "versions": versions,
         "machine": {"cpu": _processor(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")},
         **measured,
@@ -97,6 +97,11 @@ def record(name: str, measured: dict[str, Any], packages: tuple[str, ...], folde
     part.write_text(json.dumps(result, indent=2) + "\n")
     part.replace(path)
     return path
+
+
+def commit() -> str:
+    """What is checked out; a "+" if files were changed since."""
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
 
 
 def _git(*words: str) -> str:

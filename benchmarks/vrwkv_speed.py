@@ -5,7 +5,7 @@ forward and forward with backward, one picture and eight. The ViT attends by tor
 matrix of all pairs, and, for a forward pass where memory allows, by the plain products that the paper compared with.
 Models take turns in one process; the memory of each is that of a process of its own, beside what it held before.
 
-fp32 for both, the dtype in which VRWKV is fastest here; a case "dtypes" times both in bf16, too.
+All in one dtype, --dtype; the cases "dtypes" time both models in both at 1,024 pixels and say which is the faster.
 Goes on where an interrupted run left off. Writes benchmarks/results/<machine>/vrwkv_speed.json and .png.
 """
 
@@ -106,18 +106,18 @@ def cases(sizes: list[str], pixels: list[int], batches: list[int]) -> tuple[list
     return found, out
 
 
-def one(case: str, seconds: float) -> dict[str, Any]:
+def one(case: str, seconds: float, dtype: str) -> dict[str, Any]:
     """The result of a case, in its own process."""
     what, size, px, batch, way, *rest = case.split(" ", 5)
     where = int(px), int(batch), way == "training"
     if what == "dtypes":
-        people = {f"{who}, {dtype}": (who, dtype) for who in ("VRWKV", "ViT, fused") for dtype in DTYPES}
+        people = {f"{who}, {d}": (who, d) for who in ("VRWKV", "ViT, fused") for d in DTYPES}
     else:
-        people = {who: (who, "fp32") for who in rest[0].split("|")}
+        people = {who: (who, dtype) for who in rest[0].split("|")}
     nets = {name: build(size, *how) for name, how in people.items()}
-    for name, (_, dtype) in people.items():
-        runs(nets[name], 224, 1, where[2], dtype)()  # to warm up
-    calls = {name: runs(nets[name], *where, dtype) for name, (_, dtype) in people.items()}
+    for name, (_, d) in people.items():
+        runs(nets[name], 224, 1, where[2], d)()  # to warm up
+    calls = {name: runs(nets[name], *where, d) for name, (_, d) in people.items()}
     if what == "memory":
         with fresh.Peak() as peak:
             calls[rest[0]]()
@@ -145,7 +145,7 @@ def gather(found: dict[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def draw(rows: dict[str, Any], pixels: list[int], path: Path) -> None:
+def draw(rows: dict[str, Any], pixels: list[int], dtype: str, path: Path) -> None:
     """Seconds and memory of a forward pass with one picture over its size."""
     import matplotlib
 
@@ -175,7 +175,7 @@ def draw(rows: dict[str, Any], pixels: list[int], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
-    figure.suptitle("Vision-RWKV and ViT of the same size on the CPU, fp32")
+    figure.suptitle("Vision-RWKV and ViT of the same size on the CPU, " + dtype)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -187,17 +187,25 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, nargs="*", default=list(PIXELS))
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=5.0, help="about so long a case; large pictures take longer")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(one(options.only, options.seconds)))
+        print(json.dumps(one(options.only, options.seconds, options.dtype)))
         return
     names, out = cases(options.sizes, options.pixels, options.batches)
-    rows = gather(fresh.each("vrwkv_speed", __file__, names, ["--seconds", str(options.seconds)]))
-    shapes = {"models": PEERS, "patch": 16, "dtype": "fp32", "attention": "fused: torch's; plain: timm's products"}
+    rows = gather(
+        fresh.each("vrwkv_speed", __file__, names, ["--seconds", str(options.seconds), "--dtype", options.dtype])
+    )
+    shapes = {
+        "models": PEERS,
+        "patch": 16,
+        "dtype": options.dtype,
+        "attention": "fused: torch's; plain: timm's products",
+    }
     results = {"shapes": shapes, "paper": PAPER, "left out": out, "figures": rows}
     path = measure.record("vrwkv_speed", results, ("visualrwkv", "torch", "timm"))
-    draw(rows, options.pixels, path.with_suffix(".png"))
+    draw(rows, options.pixels, options.dtype, path.with_suffix(".png"))
     fresh.partial_file("vrwkv_speed").unlink()
     for name, row in rows.items():
         shown = [f"{who} takes {ratio:.2f} times as long" for who, ratio in (row.get("ViT over VRWKV") or {}).items()]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +53,24 @@ def random_model(config: RWKVConfig) -> nn.Module:
     return net
 
 
-def package(net: nn.Module, version: int, folder: str) -> Callable[[], object]:
-    """A token by the `rwkv` package, from the same numbers."""
+def package(net: nn.Module, version: int, folder: str) -> Any:
+    """The `rwkv` package's model of the same numbers. A process can have it of one version only."""
     os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_V7_ON": str(int(version == 7))}
     path = Path(folder) / "random"
     torch.save(net.state_dict(), path.with_suffix(".pth"))
     from rwkv.model import RWKV
 
     quiet = {} if version == 7 else {"verbose": False}
-    theirs = RWKV(model=str(path if version == 7 else path.with_suffix(".pth")), strategy="cpu bf16", **quiet)
-    _, state = theirs.forward([5], None)
-    return lambda: theirs.forward([5], state)
+    return RWKV(model=str(path if version == 7 else path.with_suffix(".pth")), strategy="cpu bf16", **quiet)
 
 
 def candidates(name: str, folder: str) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
     """What takes turns, and the bytes that each of our steps reads."""
     config = MODELS[name]
     net = random_model(config)
-    found: dict[str, Callable[[], object]] = {"rwkv package": package(net, config.version, folder)}
+    theirs = package(net, config.version, folder)
+    _, after = theirs.forward([5], None)
+    found: dict[str, Callable[[], object]] = {"rwkv package": lambda: theirs.forward([5], after)}
     sizes = {}
     for dtype in DTYPES:
         step = TokenStep(net, dtype)
@@ -90,10 +91,7 @@ def candidates(name: str, folder: str) -> tuple[dict[str, Callable[[], object]],
 def summary(times: dict[str, list[float]]) -> dict[str, Any]:
     """The bars' ratios: medians over rounds, and the same of each one's fastest round, which other work disturbs least."""
 
-    def ratio(slow: str, fast: str, factor: float = 1.0) -> dict[str, float]:
-        rounds = [factor * a / b for a, b in zip(times[slow], times[fast], strict=True)]
-        return {"median": statistics.median(rounds), "of the fastest": factor * min(times[slow]) / min(times[fast])}
-
+    ratio = partial(measure.ratio, times)
     bound = min(("read, plain", "read, prefetched"), key=lambda n: statistics.median(times[n]))
     return {
         "bandwidth bound": bound,

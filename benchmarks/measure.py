@@ -71,6 +71,16 @@ def figures(times: Mapping[str, list[float]]) -> dict[str, Any]:
     return result
 
 
+def ratio(times: Mapping[str, list[float]], slow: str, fast: str, factor: float = 1.0) -> dict[str, Any]:
+    """How many times as long one took as the other, times a factor: median and quartiles over rounds, and of the fastest
+    round of each, which other work disturbs least.
+    """
+    rounds = [factor * a / b for a, b in zip(times[slow], times[fast], strict=True)]
+    low, _, high = statistics.quantiles(rounds, n=4)
+    fastest = factor * min(times[slow]) / min(times[fast])
+    return {"median": statistics.median(rounds), "spread": [low, high], "of the fastest": fastest}
+
+
 def machine_name() -> str:
     """The directory of results: what this machine is, as far as it matters."""
     return f"cpu-{os.cpu_count()}core"

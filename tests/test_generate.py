@@ -13,12 +13,13 @@ from visualrwkv.generate import (
     close_turns,
     common_start,
     generate,
+    pieces,
     prefill,
     prefill_shared,
     step,
     stream,
 )
-from visualrwkv.model import Encoded
+from visualrwkv.model import IMAGE_PLACEHOLDER, Encoded
 from visualrwkv.ops import library
 from visualrwkv.rwkv.state import State
 from visualrwkv.sampling import Sampling
@@ -131,6 +132,30 @@ def test_prefill_gives_the_last_logits_of_each(model, prompts, pixels):
     with torch.no_grad():
         alone, _ = model(torch.tensor([[*prompts[1], 7, 8]]))
     torch.testing.assert_close(again[0], alone[0, -1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("piece", [1, 7, 40])
+def test_a_long_prompt_is_read_in_pieces(tiny_model, pixels, monkeypatch, version, piece):
+    model = tiny_model(version=version, scan="multi")
+    prompt = [5, 6, *[IMAGE_PLACEHOLDER] * 32, 7, *[IMAGE_PLACEHOLDER] * 16, *range(8, 30)]
+    with torch.inference_mode():
+        encoded = Encoded(model.encode(pixels(3)))
+    monkeypatch.setattr("visualrwkv.generate.PIECE", 10**6)
+    whole, end = prefill(model, [prompt], encoded)
+    monkeypatch.setattr("visualrwkv.generate.PIECE", piece)
+    for images in (pixels(3), list(pixels(3)), encoded):
+        logits, state = prefill(model, [prompt], images)
+        torch.testing.assert_close(logits, whole, rtol=0, atol=2e-5)
+        for mine, theirs in zip(vars(state).values(), vars(end).values()):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
+        parts = list(pieces(torch.tensor(prompt), images, 16))
+        assert torch.cat([ids for ids, _ in parts]).tolist() == prompt
+        assert all(len(ids) <= piece + 31 for ids, _ in parts)
+        assert all((ids == IMAGE_PLACEHOLDER).sum() == 16 * len(seen or ()) for ids, seen in parts if seen is None)
+        assert [len(seen) for _, seen in parts if seen is not None] == ([3] if piece == 40 else [1, 1, 1])
+    with pytest.raises(ValueError, match="48 image placeholders for 1 pictures"):
+        prefill(model, [prompt], pixels(1))
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[5], []]])

@@ -29,15 +29,45 @@ def prefill(
 ) -> tuple[Tensor, State]:
     """Read prompts of any lengths side by side, without padding -> next-token logits (S, V), State of S rows.
 
-    images: all pictures, as pixels or encoded, in the order in which the prompts hold their placeholders.
+    images: all pictures, as pixels or encoded, in the order in which the prompts hold their placeholders. A lone prompt
+    is read in pieces, so that it takes no more memory for being long.
     """
     lengths = torch.tensor([len(p) for p in prompts])
     if len(lengths) == 0 or int(lengths.min()) == 0:
         raise ValueError("every prompt needs at least one token")
     ids = torch.tensor([[i for p in prompts for i in p]], device=model.device)
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    if len(prompts) == 1:
+        for piece, seen in pieces(ids[0], images, model.config.image_tokens):
+            hidden, state = model.hidden(piece[None], seen, state)
+        return model.rwkv.head(hidden[:, -1]), state
     hidden, state = model.hidden(ids, images, state, bounds)
     return model.rwkv.head(hidden[0, bounds[1:].to(hidden.device) - 1]), state
+
+
+PIECE = 2048
+"""Tokens that are read at a time of a long prompt."""
+
+
+def pieces(ids: Tensor, images: Images | None, image_tokens: int) -> Iterator[tuple[Tensor, Images | None]]:
+    """A prompt ids (T,) some PIECE tokens at a time, with the pictures that lie there; no picture is cut."""
+    seats = (ids == IMAGE_PLACEHOLDER).nonzero()[:, 0]
+    count = 0 if images is None else len(images)
+    if len(ids) <= PIECE or len(seats) != count * image_tokens:  # the latter is an error, which the model explains
+        yield ids, images
+        return
+    ends = seats.view(count, -1)[:, -1].add(1).tolist() if count else []  # where each picture's seats end
+    start = first = 0
+    while start < len(ids):
+        stop = min(start + PIECE, len(ids))
+        begun = -(-int((seats < stop).sum()) // image_tokens) if count else 0  # pictures that begin before the cut
+        stop = max(stop, ends[begun - 1] if begun else 0)
+        yield ids[start:stop], None if images is None or begun == first else _some(images, first, begun)
+        start, first = stop, begun
+
+
+def _some(images: Images, first: int, after: int) -> Images:
+    return Encoded(images.features[first:after]) if isinstance(images, Encoded) else images[first:after]
 
 
 def common_start(prompts: Sequence[Sequence[int]]) -> list[int]:

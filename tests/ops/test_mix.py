@@ -225,14 +225,15 @@ def test_bytes(emulated, dtype, delta):
     assert emulated.bytes() <= 1.25 * (row * (2 + M + (2 * M if delta else 0)) + T // 64 * M * C * 4)
 
 
-def test_opcheck(compiled):
-    x, last, weights, delta = make(1, 5, 9, 2, sequences=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(compiled, dtype):
+    x, last, weights, delta = make(1, 5, 9, 2, sequences=2, dtype=dtype)
     cu_seqlens = torch.tensor([0, 2, 5])
     leaves = [t.requires_grad_() for t in (x, last, weights, delta)]
     torch.library.opcheck(torch.ops.visualrwkv.token_mix_forward, (*leaves, cu_seqlens))
     torch.library.opcheck(torch.ops.visualrwkv.token_mix_forward, (leaves[0], leaves[1][:1], leaves[2], None, None))
     values = [t.detach() for t in leaves]
-    torch.library.opcheck(torch.ops.visualrwkv.token_mix_backward, (*values, cu_seqlens, torch.randn(2, 1, 5, 9)))
+    torch.library.opcheck(torch.ops.visualrwkv.token_mix_backward, (*values, cu_seqlens, torch.randn_like(delta)))
 
 
 def test_torch_compile(compiled):

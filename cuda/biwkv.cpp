@@ -7,21 +7,25 @@
 // distance, costs 1e-5 at a thousand tokens, and double's range replaces a running maximum and its exps; decay in all
 // (|w| T) plus the spread of k may come to several hundred.
 //
-// Where they come to less than fp32's range, as in models, the forward pass walks in tiles of a few tokens: fp32 inside
-// a tile, where the rounding of a few steps does no harm, and double from tile to tile.
+// Where they come to less than fp32's range, as in models, the forward pass is that of biwkv_tiles.h.
 //
 // Layout: w, u (C); k, v, y (B, T, C), C in lanes. One piece of work is one picture and a vector of channels.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
+#include "biwkv_tiles.h"
 #include "simd.h"
 
 namespace {
 
+using biwkv::BAND;
+using biwkv::Carry;
+using biwkv::Group;
+using biwkv::TILE;
+using biwkv::WIDE;
 using simd::Scratch;
 using simd::vecd;
-using simd::vecf;
 
 constexpr int LANES = simd::DOUBLES;
 constexpr int64_t PARALLEL_WORK = 1 << 14;  // elements below which waking a second thread costs more than it saves
@@ -154,163 +158,45 @@ void backward(const Channels& ch, BackwardStep* steps, const float* dy, float* d
     }
 }
 
-// Tiles ---------------------------------------------------------------------------------------------------------------
-
-constexpr int VECTORS = 2, WIDE = VECTORS * simd::FLOATS;  // channels taken together: two chains of dependent sums
-constexpr int64_t TILE = 16;
-constexpr float RANGE = 60.0f;  // of the exponents: e^60 and e^-60 times a few thousand are well within fp32
-
-constexpr int64_t AHEAD = 12;  // rows are asked for so long before they are needed; they lie too far apart to be guessed
-
-inline void fetch(const float* row) {
-    for (int c = 0; c < VECTORS; c++) __builtin_prefetch(row + c * simd::FLOATS);
-}
-
-// Of WIDE channels what does not depend on the token.
-struct Constants {
-    alignas(64) float e_u[WIDE], k_max[WIDE], power[TILE + 1][WIDE];  // power[n]: decay over n tokens
-    alignas(64) double whole[WIDE];                                   // and over a whole tile
-};
-
-// False if some channel's exponents may leave RANGE.
-bool prepare(int64_t T, int64_t C, const float* w, const float* u, const float* k, Constants& to) {
-    vecf most[VECTORS], least[VECTORS];
-    for (int c = 0; c < VECTORS; c++) most[c] = least[c] = simd::load(k + c * simd::FLOATS);
-    for (int64_t t = 1; t < T; t++) {
-        fetch(k + (t + AHEAD) * C);
-        for (int c = 0; c < VECTORS; c++) {
-            const vecf k_t = simd::load(k + t * C + c * simd::FLOATS);
-            most[c] = k_t > most[c] ? k_t : most[c];
-            least[c] = k_t < least[c] ? k_t : least[c];
-        }
-    }
-    float low[WIDE];
-    for (int c = 0; c < VECTORS; c++) {
-        simd::store(to.k_max + c * simd::FLOATS, most[c]);
-        simd::store(low + c * simd::FLOATS, least[c]);
-    }
-    for (int i = 0; i < WIDE; i++) {
-        const float range = to.k_max[i] - low[i] + std::fabs(w[i]) * static_cast<float>(T) + std::fabs(u[i]);
-        if (!(range < RANGE)) return false;  // also for NaN
-    }
-    for (int i = 0; i < WIDE; i++) {
-        to.e_u[i] = static_cast<float>(std::exp(static_cast<double>(u[i])));
-        for (int n = 0; n <= TILE; n++) to.power[n][i] = static_cast<float>(std::exp(-static_cast<double>(w[i]) * n));
-        to.whole[i] = std::exp(-static_cast<double>(w[i]) * TILE);
-    }
-    return true;
-}
-
-// Sums of e^k v and e^k, of the tokens before or after a tile.
-struct Carry {
-    alignas(64) double numerator[WIDE], denominator[WIDE];
-
-    void step(const double* decay, const float* numerator_in, const float* denominator_in) {
-        for (int i = 0; i < WIDE; i++) numerator[i] = decay[i] * numerator[i] + numerator_in[i];
-        for (int i = 0; i < WIDE; i++) denominator[i] = decay[i] * denominator[i] + denominator_in[i];
-    }
-};
-
-// WIDE channels. futures: room for one Carry a tile.
-void forward_tiles(int64_t T, int64_t C, const Constants& of, const float* k, const float* v, Carry* futures, float* y) {
-    const int64_t tiles = (T + TILE - 1) / TILE;
-    alignas(64) float e_k[TILE][WIDE], e_kv[TILE][WIDE], after[2][TILE][WIDE], sums[2][WIDE];
-    vecf decay[VECTORS], numerator[VECTORS], denominator[VECTORS];
-    const auto lane = [](const float* row, int c) { return simd::load(row + c * simd::FLOATS); };
-    const auto exponentials = [&](int64_t t0, int64_t steps) {
-        for (int64_t s = 0; s < steps; s++) {
-            for (int c = 0; c < VECTORS; c++) {
-                const vecf e = simd::exp_or_zero(lane(k + (t0 + s) * C, c) - lane(of.k_max, c));  // from -RANGE to 0
-                simd::store(e_k[s] + c * simd::FLOATS, e);
-                simd::store(e_kv[s] + c * simd::FLOATS, e * lane(v + (t0 + s) * C, c));
-            }
-        }
-    };
-    const auto clear = [&] {
-        for (int c = 0; c < VECTORS; c++) numerator[c] = denominator[c] = vecf{};
-    };
-    const auto add = [&](int64_t s, int c) {
-        numerator[c] = decay[c] * numerator[c] + lane(e_kv[s], c);
-        denominator[c] = decay[c] * denominator[c] + lane(e_k[s], c);
-    };
-    const auto put_sums = [&] {
-        for (int c = 0; c < VECTORS; c++) {
-            simd::store(sums[0] + c * simd::FLOATS, numerator[c]);
-            simd::store(sums[1] + c * simd::FLOATS, denominator[c]);
-        }
-    };
-    for (int c = 0; c < VECTORS; c++) decay[c] = lane(of.power[1], c);
-
-    Carry carry = {};
-    for (int64_t tile = tiles - 1; tile >= 0; tile--) {  // the last one may be short: nothing comes after it
-        futures[tile] = carry;
-        const int64_t steps = std::min(TILE, T - tile * TILE);
-        exponentials(tile * TILE, steps);
-        clear();
-        for (int64_t s = steps - 1; s >= 0; s--) {
-            fetch(v + (tile * TILE + s - TILE) * C);  // the tile that is next
-            for (int c = 0; c < VECTORS; c++) add(s, c);
-        }
-        put_sums();
-        carry.step(of.whole, sums[0], sums[1]);
-    }
-    carry = {};
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        const int64_t t0 = tile * TILE, steps = std::min(TILE, T - t0);
-        exponentials(t0, steps);
-        alignas(64) float before[2][WIDE], beyond[2][WIDE];
-        for (int i = 0; i < WIDE; i++) {
-            before[0][i] = static_cast<float>(carry.numerator[i]);
-            before[1][i] = static_cast<float>(carry.denominator[i]);
-            beyond[0][i] = static_cast<float>(futures[tile].numerator[i]);
-            beyond[1][i] = static_cast<float>(futures[tile].denominator[i]);
-        }
-        clear();
-        for (int64_t s = steps - 1; s >= 0; s--) {
-            for (int c = 0; c < VECTORS; c++) {
-                const vecf power = lane(of.power[steps - 1 - s], c);
-                simd::store(after[0][s] + c * simd::FLOATS, numerator[c] + power * lane(beyond[0], c));
-                simd::store(after[1][s] + c * simd::FLOATS, denominator[c] + power * lane(beyond[1], c));
-                add(s, c);
-            }
-        }
-        clear();
-        for (int64_t s = 0; s < steps; s++) {
-            for (int c = 0; c < VECTORS; c++) __builtin_prefetch(y + (t0 + s + AHEAD) * C + c * simd::FLOATS, 1);
-            for (int c = 0; c < VECTORS; c++) {
-                const vecf power = lane(of.power[s], c), e_u = lane(of.e_u, c);
-                const vecf above = numerator[c] + power * lane(before[0], c) + lane(after[0][s], c) + e_u * lane(e_kv[s], c);
-                const vecf below = denominator[c] + power * lane(before[1], c) + lane(after[1][s], c) + e_u * lane(e_k[s], c);
-                simd::store(y + (t0 + s) * C + c * simd::FLOATS, above / below);
-                add(s, c);
-            }
-        }
-        put_sums();
-        carry.step(of.whole, sums[0], sums[1]);
-    }
-}
-
 }  // namespace
 
 EXPORT(visualrwkv_biwkv_forward)(int64_t B, int64_t T, int64_t C, const float* w, const float* u, const float* k,
                                  const float* v, float* y) {
-    const int64_t groups = (C + WIDE - 1) / WIDE;
+    const int64_t bands = (C + BAND * WIDE - 1) / (BAND * WIDE), tiles = (T + TILE - 1) / TILE;
 #pragma omp parallel if (B * T * C > PARALLEL_WORK)
     {
         Scratch<ForwardStep> steps;
-        Scratch<Carry> futures((T + TILE - 1) / TILE);
+        Scratch<Carry> futures(BAND * tiles);
+        Scratch<Group> groups(BAND);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < B * groups; item++) {
-            const int64_t picture = item / groups, channel = item % groups * WIDE, at = picture * T * C + channel;
-            Constants constants;
-            if (channel + WIDE <= C && prepare(T, C, w + channel, u + channel, k + at, constants)) {
-                forward_tiles(T, C, constants, k + at, v + at, futures.data(), y + at);
-                continue;
+        for (int64_t item = 0; item < B * bands; item++) {
+            const int64_t first = item % bands * BAND * WIDE, picture = item / bands * T * C;
+            const int64_t count = std::min(BAND, (C - first) / WIDE);
+            float least[BAND * WIDE], most[BAND * WIDE];
+            biwkv::bounds(T, C, count, k + picture + first, least, most);
+            int64_t ready = 0;
+            const auto one_by_one = [&](int64_t channel, int64_t end) {
+                for (int64_t block = channel / LANES; block * LANES < end; block++) {
+                    const Channels channels(T, C, item / bands, block, w, u, k, v);
+                    forward(channels, steps.reserve(T), y + picture + block * LANES);
+                }
+            };
+            for (int64_t g = 0; g < count; g++) {
+                const int64_t channel = first + g * WIDE, at = picture + channel;
+                Group& group = groups.data()[ready];
+                if (biwkv::prepare(T, w + channel, u + channel, least + g * WIDE, most + g * WIDE, group.of)) {
+                    group.T = T, group.C = C, group.k = k + at, group.v = v + at, group.y = y + at;
+                    group.carry = {}, group.futures = futures.data() + ready++ * tiles;
+                } else {
+                    one_by_one(channel, channel + WIDE);
+                }
             }
-            for (int64_t block = channel / LANES; block * LANES < std::min(C, channel + WIDE); block++) {
-                const Channels channels(T, C, picture, block, w, u, k, v);
-                forward(channels, steps.reserve(T), y + picture * T * C + block * LANES);
-            }
+            one_by_one(first + count * WIDE, std::min(C, first + BAND * WIDE));
+            for (int64_t tile = tiles - 1; tile >= 0; tile--)
+                for (int64_t g = 0; g < ready; g++) groups.data()[g].look_back(tile);
+            for (int64_t g = 0; g < ready; g++) groups.data()[g].carry = {};
+            for (int64_t tile = 0; tile < tiles; tile++)
+                for (int64_t g = 0; g < ready; g++) groups.data()[g].answer(tile);
         }
     }
 }

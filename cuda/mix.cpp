@@ -5,7 +5,8 @@
 // One pass over memory, the rows in fixed pieces, so that sums do not depend on the number of threads.
 //
 // Layout: x (rows, C) with the sequences one after another in the rows, last (S, C), mix (M, C), delta and out
-// (M, rows, C). x, delta, out and their gradients are all fp32 or all bf16; sums and products are fp32.
+// (M, rows, C). x and what comes of it, delta and out, are fp32 or bf16, of
+// which x may be the wider; sums and products are fp32.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -38,22 +39,22 @@ struct Sizes {
     }
 };
 
-// The rows of a piece in order: each one's token before, and whether its sequence starts there. T: float or simd::bf16.
-template <typename T>
+// The rows of a piece in order: each one's token before, and whether its sequence starts there.
+template <typename X>
 struct Walk {
     const Sizes& sizes;
-    const T* x;
+    const X* x;
     const float* last;
-    T* start;  // (C): room for what came before a sequence, in x's type
+    X* start;  // (C): room for what came before a sequence, in x's type
     int64_t row, sequence;
 
-    Walk(const Sizes& sizes, const T* x, const float* last, T* start, int64_t row)
+    Walk(const Sizes& sizes, const X* x, const float* last, X* start, int64_t row)
         : sizes(sizes), x(x), last(last), start(start), row(row), sequence(sizes.sequence(row)) {}
     bool starts() const { return row == sizes.begin(sequence); }
-    const T* now() const { return x + row * sizes.C; }
-    const T* before() const {
+    const X* now() const { return x + row * sizes.C; }
+    const X* before() const {
         if (!starts()) return now() - sizes.C;
-        for (int64_t c = 0; c < sizes.C; c++) start[c] = T(last[sequence * sizes.C + c]);
+        for (int64_t c = 0; c < sizes.C; c++) start[c] = X(last[sequence * sizes.C + c]);
         return start;
     }
     void next() {
@@ -61,17 +62,17 @@ struct Walk {
     }
 };
 
-template <typename T>
-void forward(const Sizes& sizes, const T* x, const float* last, const float* mix, const T* delta, T* out) {
+template <typename X, typename T>
+void forward(const Sizes& sizes, const X* x, const float* last, const float* mix, const T* delta, T* out) {
     const int64_t rows = sizes.rows(), M = sizes.M, C = sizes.C;
 #pragma omp parallel if (rows * C * M > PARALLEL_WORK)
     {
-        simd::Scratch<T> start(C);
+        simd::Scratch<X> start(C);
 #pragma omp for schedule(static)
         for (int64_t piece = 0; piece < sizes.pieces(); piece++) {
             const int64_t end = std::min(rows, (piece + 1) * PIECE);
-            for (Walk<T> walk(sizes, x, last, start.data(), piece * PIECE); walk.row < end; walk.next()) {
-                const T *__restrict now = walk.now(), *__restrict before = walk.before();
+            for (Walk<X> walk(sizes, x, last, start.data(), piece * PIECE); walk.row < end; walk.next()) {
+                const X *__restrict now = walk.now(), *__restrict before = walk.before();
                 for (int64_t m = 0; m < M; m++) {
                     const float* __restrict weight = mix + m * C;
                     T* __restrict to = out + (m * rows + walk.row) * C;
@@ -93,30 +94,30 @@ void forward(const Sizes& sizes, const T* x, const float* last, const float* mix
     }
 }
 
-template <typename T>
-void backward(const Sizes& sizes, const T* x, const float* last, const float* mix, const T* delta, const T* dout,
-              T* dx, float* dlast, float* dmix_parts, T* ddelta) {
+template <typename X, typename T>
+void backward(const Sizes& sizes, const X* x, const float* last, const float* mix, const T* delta, const T* dout,
+              X* dx, float* dlast, float* dmix_parts, T* ddelta) {
     const int64_t rows = sizes.rows(), M = sizes.M, C = sizes.C;
 #pragma omp parallel if (rows * C * M > PARALLEL_WORK)
     {
-        simd::Scratch<T> start(C);
+        simd::Scratch<X> start(C);
         // A row's gradient but for what the next one owes it, that of the row before, and what a row owes the one before.
         simd::Scratch<float> mine(C), held(C), owed(C);
         float *__restrict dnow = mine.data(), *__restrict dbefore = held.data(), *__restrict shifted = owed.data();
         const auto write = [&](int64_t row, const float* __restrict from) {
-            T* __restrict to = dx + row * C;
-            for (int64_t c = 0; c < C; c++) to[c] = T(from[c]);
+            X* __restrict to = dx + row * C;
+            for (int64_t c = 0; c < C; c++) to[c] = X(from[c]);
         };
 #pragma omp for schedule(static)
         for (int64_t piece = 0; piece < sizes.pieces(); piece++) {
             const int64_t first = piece * PIECE, end = std::min(rows, first + PIECE);
             std::memset(dmix_parts + piece * M * C, 0, M * C * sizeof(float));
             // The row after the piece belongs to another, but what it owes to our last row is ours.
-            Walk<T> walk(sizes, x, last, start.data(), first);
+            Walk<X> walk(sizes, x, last, start.data(), first);
             for (; walk.row < std::min(rows, end + 1); walk.next()) {
                 const bool ours = walk.row < end, starts = walk.starts();
                 if (!ours && starts) break;
-                const T *__restrict now = walk.now(), *__restrict before = walk.before();
+                const X *__restrict now = walk.now(), *__restrict before = walk.before();
                 std::memset(shifted, 0, C * sizeof(float));
                 std::memset(dnow, 0, C * sizeof(float));
                 for (int64_t m = 0; m < M; m++) {
@@ -163,20 +164,23 @@ void backward(const Sizes& sizes, const T* x, const float* last, const float* mi
 }  // namespace
 
 // delta may be null.
-#define FORWARD(name, T)                                                                                        \
-    EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t M, int64_t C, const T* x,   \
-                 const float* last, const float* mix, const T* delta, T* out) {                                 \
-        forward<T>({sequences, length, offsets, M, C}, x, last, mix, delta, out);                               \
+#define FORWARD(name, X, T)                                                                                       \
+    EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t M, int64_t C, const X* x,     \
+                 const float* last, const float* mix, const T* delta, T* out) {                                   \
+        forward<X, T>({sequences, length, offsets, M, C}, x, last, mix, delta, out);                              \
     }
-FORWARD(visualrwkv_mix_forward, float)
-FORWARD(visualrwkv_mix_forward_bf16, simd::bf16)
+FORWARD(visualrwkv_mix_forward, float, float)
+FORWARD(visualrwkv_mix_forward_bf16, simd::bf16, simd::bf16)
+FORWARD(visualrwkv_mix_forward_narrow, float, simd::bf16)
 
 // delta and ddelta may be null. dmix_parts (pieces, M, C): partial sums for the caller to add up in a fixed order.
-#define BACKWARD(name, T)                                                                                       \
-    EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t M, int64_t C, const T* x,   \
-                 const float* last, const float* mix, const T* delta, const T* dout, T* dx, float* dlast,       \
-                 float* dmix_parts, T* ddelta) {                                                                \
-        backward<T>({sequences, length, offsets, M, C}, x, last, mix, delta, dout, dx, dlast, dmix_parts, ddelta); \
+#define BACKWARD(name, X, T)                                                                                      \
+    EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t M, int64_t C, const X* x,     \
+                 const float* last, const float* mix, const T* delta, const T* dout, X* dx, float* dlast,         \
+                 float* dmix_parts, T* ddelta) {                                                                  \
+        const Sizes sizes{sequences, length, offsets, M, C};                                                      \
+        backward<X, T>(sizes, x, last, mix, delta, dout, dx, dlast, dmix_parts, ddelta);                          \
     }
-BACKWARD(visualrwkv_mix_backward, float)
-BACKWARD(visualrwkv_mix_backward_bf16, simd::bf16)
+BACKWARD(visualrwkv_mix_backward, float, float)
+BACKWARD(visualrwkv_mix_backward_bf16, simd::bf16, simd::bf16)
+BACKWARD(visualrwkv_mix_backward_narrow, float, simd::bf16)

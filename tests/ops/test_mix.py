@@ -192,12 +192,27 @@ def test_rounding_to_bf16(compiled):
     torch.testing.assert_close(out[0, 0, 0], x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_under_autocast_what_products_read_is_rounded_once(compiled):
-    x, last, weights, delta = make(1, 20, 8, 3)
+@pytest.mark.parametrize("with_delta", [True, False])
+@pytest.mark.parametrize("library_runs", [True, False])
+def test_under_autocast_the_result_is_rounded_and_nothing_else(compiled, monkeypatch, with_delta, library_runs):
+    """Bit for bit what fp32 gives where products round what they read, and their gradients."""
+    monkeypatch.setattr(library, "COMPILED", library_runs)
+    x, last, weights, delta = make(1, 300, 24, 3)
+    delta = delta.bfloat16() if with_delta else None
+    dout = torch.randn(3, 1, 300, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
+    wide = [t.requires_grad_() for t in make(1, 300, 24, 3)[:3]]
+    wide.append(delta.clone().requires_grad_() if with_delta else None)
+    narrow = [None if t is None else t.detach().clone().requires_grad_() for t in wide]
+    want = token_mix(*wide[:3], wide[3].float() if with_delta else None).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        out = token_mix(x, last, weights, delta)
-    assert torch.equal(out, token_mix(x.bfloat16(), last, weights, delta))
+        out = token_mix(*narrow)
     assert out.dtype is torch.bfloat16
+    assert torch.equal(out, want)
+    for leaves, y in ((wide, want), (narrow, out)):
+        y.backward(dout)
+        assert all(t.grad.dtype is t.dtype for t in leaves if t is not None)
+    for mine, theirs in zip(narrow, wide, strict=True):
+        assert mine is None or torch.equal(mine.grad, theirs.grad)
 
 
 def test_the_same_every_time(compiled, emulated):

@@ -25,18 +25,20 @@ def token_mix(
 
     last (B, C) is what came before each sequence, or None for zeros. cu_seqlens (S + 1,) int32 or int64, rising from 0
     to T: the row (B = 1) holds S sequences one after another, the shift restarts at each, and last is (S, C). Inputs
-    are fp32, bf16 or fp16 (fp64 stays fp64); under autocast x is taken in its dtype. Gradients reach every input.
+    are fp32, bf16 or fp16 (fp64 stays fp64). Gradients reach every input. Under the CPU's autocast to bf16 the result of
+    fp32 is bf16, as the products that follow would round it.
 
     Raises ValueError for shapes, dtypes, devices or cu_seqlens that do not fit together (values of cu_seqlens on a GPU
     are not looked at, which would make it wait).
     """
     _check(x, last, mix, delta, cu_seqlens)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # products follow, which would each round what they read
     compiled = library.has_cuda() and mix.shape[0] <= MOST_ON_CUDA if x.is_cuda else library.COMPILED and x.is_cpu
+    narrow = x.is_cpu and x.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
+    narrow = narrow and torch.get_autocast_dtype("cpu") is torch.bfloat16
     if compiled and not sequences.has_float64(x, last, mix, delta):
-        return token_mix_compiled(x, last, mix, delta, cu_seqlens)
-    return token_mix_torch(x, last, mix, delta, cu_seqlens)
+        return token_mix_compiled(x, last, mix, delta, cu_seqlens, narrow)
+    out = token_mix_torch(x, last, mix, delta, cu_seqlens)
+    return out.to(torch.bfloat16) if narrow else out
 
 
 def token_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -60,18 +62,24 @@ def token_mix_torch(
 
 
 def token_mix_compiled(
-    x: Tensor, last: Tensor | None, mix: Tensor, delta: Tensor | None = None, cu_seqlens: Tensor | None = None
+    x: Tensor,
+    last: Tensor | None,
+    mix: Tensor,
+    delta: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    narrow: bool = False,
 ) -> Tensor:
-    """One pass in C++ or CUDA, computed in fp32; shapes as in `token_mix`."""
+    """One pass in C++ or CUDA, computed in fp32; shapes as in `token_mix`. narrow: of x in fp32 the result is bf16 (CPU)."""
     dtype = x.dtype if x.dtype in (library.DTYPE_CODES if x.is_cuda else library.ON_CPU) else torch.float32
-    delta = None if delta is None else delta.to(dtype)
-    arguments = (x.to(dtype), _last(x, last, cu_seqlens).float(), mix.float(), delta, cu_seqlens)
-    return torch.ops.visualrwkv.token_mix_forward(*arguments).to(x.dtype)
+    delta = None if delta is None else delta.to(torch.bfloat16 if narrow else dtype)
+    arguments = (x.to(dtype), _last(x, last, cu_seqlens).float(), mix.float(), delta, cu_seqlens, narrow)
+    out = torch.ops.visualrwkv.token_mix_forward(*arguments)
+    return out if narrow else out.to(x.dtype)
 
 
 torch.library.define(
     "visualrwkv::token_mix_forward",
-    "(Tensor x, Tensor last, Tensor mix, Tensor? delta, Tensor? cu_seqlens) -> Tensor",
+    "(Tensor x, Tensor last, Tensor mix, Tensor? delta, Tensor? cu_seqlens, bool narrow=False) -> Tensor",
 )
 torch.library.define(
     "visualrwkv::token_mix_backward",
@@ -81,22 +89,22 @@ torch.library.define(
 
 
 @torch.library.register_fake("visualrwkv::token_mix_forward")
-def _(x, last, mix, delta, cu_seqlens):
-    return x.new_empty((mix.shape[0], *x.shape))
+def _(x, last, mix, delta, cu_seqlens, narrow=False):
+    return x.new_empty((mix.shape[0], *x.shape), dtype=torch.bfloat16 if narrow else x.dtype)
 
 
 @torch.library.register_fake("visualrwkv::token_mix_backward")
 def _(x, last, mix, delta, cu_seqlens, dout):
-    ddelta = x.new_empty((0,) if delta is None else delta.shape)  # without delta nobody asks for it
+    ddelta = dout.new_empty((0,) if delta is None else delta.shape)  # without delta nobody asks for it
     return x.new_empty(x.shape), last.new_empty(last.shape), mix.new_empty(mix.shape), ddelta
 
 
 @torch.library.impl("visualrwkv::token_mix_forward", "CPU")
-def _(x, last, mix, delta, cu_seqlens):
+def _(x, last, mix, delta, cu_seqlens, narrow=False):
     x, last, mix, delta = (None if t is None else t.contiguous() for t in (x, last, mix, delta))
     count, offsets = sequences.offsets(cu_seqlens, *x.shape[:2])
-    out = x.new_empty((mix.shape[0], *x.shape))
-    c_forward = library.function(f"visualrwkv_mix_forward{library.ON_CPU[x.dtype]}", *_sizes_and(5))
+    out = x.new_empty((mix.shape[0], *x.shape), dtype=torch.bfloat16 if narrow else x.dtype)
+    c_forward = library.function(f"visualrwkv_mix_forward{_ending(x, out)}", *_sizes_and(5))
     c_forward(count, x.shape[1], _at(offsets), *mix.shape, *(_at(t) for t in (x, last, mix, delta, out)))
     return out
 
@@ -106,13 +114,13 @@ def _(x, last, mix, delta, cu_seqlens, dout):
     x, last, mix, delta, dout = (None if t is None else t.contiguous() for t in (x, last, mix, delta, dout))
     count, offsets = sequences.offsets(cu_seqlens, *x.shape[:2])
     dx, dlast, dmix_parts, ddelta = _gradients(x, last, mix, delta, PIECE["cpu"])
-    c_backward = library.function(f"visualrwkv_mix_backward{library.ON_CPU[x.dtype]}", *_sizes_and(9))
+    c_backward = library.function(f"visualrwkv_mix_backward{_ending(x, dout)}", *_sizes_and(9))
     tensors = (x, last, mix, delta, dout, dx, dlast, dmix_parts, None if delta is None else ddelta)
     c_backward(count, x.shape[1], _at(offsets), *mix.shape, *(_at(t) for t in tensors))
     return dx, dlast, dmix_parts.sum(0), ddelta
 
 
-def _forward_cuda(x, last, mix, delta, cu_seqlens):
+def _forward_cuda(x, last, mix, delta, cu_seqlens, narrow=False):
     x, last, mix, delta = (None if t is None else t.contiguous() for t in (x, last, mix, delta))
     out = x.new_empty((mix.shape[0], *x.shape))
     library.launch("mix_forward", *_sizes_on_cuda(x, last, mix, cu_seqlens), x, last, mix, delta, out)
@@ -138,6 +146,11 @@ def _gradients(x: Tensor, last: Tensor, mix: Tensor, delta: Tensor | None, piece
     return torch.empty_like(x), torch.zeros_like(last), mix.new_empty((pieces, *mix.shape)), ddelta
 
 
+def _ending(x: Tensor, out: Tensor) -> str:
+    """Of the C functions' names, by the dtypes of x and of what is made of it."""
+    return library.ON_CPU[x.dtype] if x.dtype is out.dtype else "_narrow"
+
+
 def _sizes_and(tensors: int) -> tuple[type, ...]:
     """The C functions' argument types: sequences, length, offsets, mixtures, channels, and then the tensors."""
     return (c_int64, c_int64, c_void_p, c_int64, c_int64, *(c_void_p,) * tensors)
@@ -154,13 +167,13 @@ def _sizes_on_cuda(x: Tensor, last: Tensor, mix: Tensor, cu_seqlens: Tensor | No
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:5])
 
 
 def _backward(ctx, dout):
     inputs = ctx.saved_tensors  # read once: activation checkpointing gives them a single time
     dx, dlast, dmix, ddelta = torch.ops.visualrwkv.token_mix_backward(*inputs, dout)
-    return dx, dlast, dmix, None if inputs[3] is None else ddelta, None
+    return dx, dlast, dmix, None if inputs[3] is None else ddelta, None, None
 
 
 torch.library.register_autograd("visualrwkv::token_mix_forward", _backward, setup_context=_setup_context)

@@ -206,7 +206,11 @@ def gather(found: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
     """By length: seconds of each model, bytes of each, and how many times ours the LLaVA's are."""
     result: dict[str, Any] = {}
     for length in lengths:
-        timed = found[f"times {length}"]
+        cases = [f"times {length}", *(f"memory {name} {length}" for name in MODELS)]
+        if failed := {case: found[case]["failed"] for case in cases if "failed" in found[case]}:
+            print(f"{length} tokens left out: {failed}")
+            continue
+        timed = found[cases[0]]
         tokens = timed["next token"]
         cache = min(("dynamic", "static"), key=lambda kind: tokens[f"LLaVA, {kind} cache"]["median"])
         row: dict[str, Any] = {"times": timed, "memory": {n: found[f"memory {n} {length}"] for n in MODELS}}

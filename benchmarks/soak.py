@@ -276,8 +276,11 @@ def main() -> int:
         try:
             tally, server = asyncio.run(soak(address, clients, seconds, running.pid))
             running.send_signal(signal.SIGTERM)
-            if (code := running.wait(GOODBYE)) not in (0, -signal.SIGTERM):
-                tally.errors[f"the server's exit status was {code}"] += 1
+            try:
+                if (code := running.wait(GOODBYE)) not in (0, -signal.SIGTERM):
+                    tally.errors[f"the server's exit status was {code}"] += 1
+            except subprocess.TimeoutExpired:
+                tally.errors[f"the server did not end within {GOODBYE} s"] += 1
         finally:
             running.kill()
             running.wait()

@@ -9,7 +9,10 @@
 //
 // Where they come to less than fp32's range, as in models, the forward pass is that of biwkv_tiles.h.
 //
-// Layout: w, u (C); k, v, y (B, T, C), C in lanes. One piece of work is one picture and a vector of channels.
+// Layout: w, u (C); k, v, y (B, T, C), C in lanes. One piece of work is one picture and a vector of channels,
+// or a band of them in tiles.
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -162,7 +165,9 @@ void backward(const Channels& ch, BackwardStep* steps, const float* dy, float* d
 
 EXPORT(visualrwkv_biwkv_forward)(int64_t B, int64_t T, int64_t C, const float* w, const float* u, const float* k,
                                  const float* v, float* y) {
-    const int64_t bands = (C + BAND * WIDE - 1) / (BAND * WIDE), tiles = (T + TILE - 1) / TILE;
+    // Bands as wide as leaves every thread two of them.
+    const int64_t shares = 2 * omp_get_max_threads(), all = (C + WIDE - 1) / WIDE, tiles = (T + TILE - 1) / TILE;
+    const int64_t band = std::max<int64_t>(1, std::min(BAND, B * all / shares)), bands = (all + band - 1) / band;
 #pragma omp parallel if (B * T * C > PARALLEL_WORK)
     {
         Scratch<ForwardStep> steps;
@@ -170,8 +175,8 @@ EXPORT(visualrwkv_biwkv_forward)(int64_t B, int64_t T, int64_t C, const float* w
         Scratch<Group> groups(BAND);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < B * bands; item++) {
-            const int64_t first = item % bands * BAND * WIDE, picture = item / bands * T * C;
-            const int64_t count = std::min(BAND, (C - first) / WIDE);
+            const int64_t first = item % bands * band * WIDE, picture = item / bands * T * C;
+            const int64_t count = std::min(band, (C - first) / WIDE);
             float least[BAND * WIDE], most[BAND * WIDE];
             biwkv::bounds(T, C, count, k + picture + first, least, most);
             int64_t ready = 0;
@@ -191,7 +196,7 @@ EXPORT(visualrwkv_biwkv_forward)(int64_t B, int64_t T, int64_t C, const float* w
                     one_by_one(channel, channel + WIDE);
                 }
             }
-            one_by_one(first + count * WIDE, std::min(C, first + BAND * WIDE));
+            one_by_one(first + count * WIDE, std::min(C, first + band * WIDE));
             for (int64_t tile = tiles - 1; tile >= 0; tile--)
                 for (int64_t g = 0; g < ready; g++) groups.data()[g].look_back(tile);
             for (int64_t g = 0; g < ready; g++) groups.data()[g].carry = {};

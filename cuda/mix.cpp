@@ -5,8 +5,7 @@
 // One pass over memory, the rows in fixed pieces, so that sums do not depend on the number of threads.
 //
 // Layout: x (rows, C) with the sequences one after another in the rows, last (S, C), mix (M, C), delta and out
-// (M, rows, C). x and what comes of it, delta and out, are fp32 or bf16, of
-// which x may be the wider; sums and products are fp32.
+// (M, rows, C). x, delta and out are all fp32 or all bf16, or x alone is fp32; sums and products are fp32.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

@@ -84,6 +84,8 @@ class Folder:
         if key not in self._written:
             self._written[key] = name or key[1] + suffix(content)
             target = self.place / folder / self._written[key]
+            if not target.resolve().is_relative_to(self.place.resolve()):
+                raise ValueError(f"a picture is called {folder}/{self._written[key]}, which lies elsewhere")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
         return self._written[key]

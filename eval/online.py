@@ -32,6 +32,16 @@ class Fetched:
     differs: str
 
 
+def offered(name: str, split: str | None) -> Recipe:
+    """Where a bench comes from. FileNotFoundError where the Hub does not have it, ValueError for a split that it has not."""
+    stem = name.replace("-", "_")
+    if stem not in RECIPES:
+        raise FileNotFoundError(f"{name}: {ELSEWHERE[stem]}; give its files with --data")
+    if split:
+        choose("split", split, tuple(RECIPES[stem].parts))
+    return RECIPES[stem]
+
+
 def fetched(name: str, split: str | None) -> Fetched:
     """The files of one split of a bench, the first where none is named. FileNotFoundError says why there are none.
 
@@ -40,13 +50,9 @@ def fetched(name: str, split: str | None) -> Fetched:
     from filelock import FileLock
     from huggingface_hub import constants
 
-    stem = name.replace("-", "_")
-    if stem not in RECIPES:
-        raise FileNotFoundError(f"{name}: {ELSEWHERE[stem]}; give its files with --data")
-    recipe = RECIPES[stem]
+    stem, recipe = name.replace("-", "_"), offered(name, split)
     names = tuple(recipe.parts)
     split = split or names[0]
-    choose("split", split, names)
     place = Path(constants.HF_HOME) / "visualrwkv" / "benches" / stem / split
     if not (place / SOURCE).is_file():
         place.parent.mkdir(parents=True, exist_ok=True)

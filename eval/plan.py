@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from asking import Rank
-from online import fetched
+from online import fetched, offered
 from questions import note
 
 from visualrwkv.config import choose
@@ -44,6 +44,8 @@ def planned(bench: str, data: Path | None, split: str | None) -> list[Bench]:
     codes = {name: importlib.import_module(f"benches.{name.replace('-', '_')}") for name in names}
     if data is None:
         try:
+            for name in names:
+                offered(name, split)  # all of them, before the first is fetched
             return [from_hub(code, name, split) for name, code in codes.items()]
         except FileNotFoundError as error:
             trees = "\n".join(code.TREE for code in codes.values())

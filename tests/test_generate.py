@@ -13,13 +13,12 @@ from visualrwkv.generate import (
     close_turns,
     common_start,
     generate,
-    pieces,
     prefill,
     prefill_shared,
     step,
     stream,
 )
-from visualrwkv.model import IMAGE_PLACEHOLDER, Encoded
+from visualrwkv.model import IMAGE_PLACEHOLDER, Encoded, pieces
 from visualrwkv.ops import library
 from visualrwkv.rwkv.state import State
 from visualrwkv.sampling import Sampling
@@ -141,9 +140,9 @@ def test_a_long_prompt_is_read_in_pieces(tiny_model, pixels, monkeypatch, versio
     prompt = [5, 6, *[IMAGE_PLACEHOLDER] * 32, 7, *[IMAGE_PLACEHOLDER] * 16, *range(8, 30)]
     with torch.inference_mode():
         encoded = Encoded(model.encode(pixels(3)))
-    monkeypatch.setattr("visualrwkv.generate.PIECE", 10**6)
+    monkeypatch.setattr("visualrwkv.model.PIECE", 10**6)
     whole, end = prefill(model, [prompt], encoded)
-    monkeypatch.setattr("visualrwkv.generate.PIECE", piece)
+    monkeypatch.setattr("visualrwkv.model.PIECE", piece)
     for images in (pixels(3), list(pixels(3)), encoded):
         logits, state = prefill(model, [prompt], images)
         torch.testing.assert_close(logits, whole, rtol=0, atol=2e-5)
@@ -152,7 +151,7 @@ def test_a_long_prompt_is_read_in_pieces(tiny_model, pixels, monkeypatch, versio
         parts = list(pieces(torch.tensor(prompt), images, 16))
         assert torch.cat([ids for ids, _ in parts]).tolist() == prompt
         assert all(len(ids) <= piece + 31 for ids, _ in parts)
-        assert all((ids == IMAGE_PLACEHOLDER).sum() == 16 * len(seen or ()) for ids, seen in parts if seen is None)
+        assert all((ids == IMAGE_PLACEHOLDER).sum() == 16 * (0 if seen is None else len(seen)) for ids, seen in parts)
         assert [len(seen) for _, seen in parts if seen is not None] == ([3] if piece == 40 else [1, 1, 1])
     with pytest.raises(ValueError, match="48 image placeholders for 1 pictures"):
         prefill(model, [prompt], pixels(1))

@@ -85,13 +85,7 @@ def load_model(
     which stay in memory beside. FileNotFoundError or ValueError
     in one sentence where there is no such file, where it is of no known format, or where names or shapes do not fit.
     """
-    allowed = (*DTYPES, *STEP_DTYPES)
-    if dtype not in allowed:
-        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(allowed)}")
-    if dtype in STEP_DTYPES and torch.device(device).type != "cpu":
-        raise ValueError(
-            f"dtype is {dtype!r}, which runs on a cpu, and the device is {device!r}; bfloat16 runs on both"
-        )
+    check_dtype(dtype, device)
     place = locate(path)
     config, weights = read_model(place, None if vision is None else locate(vision), overrides)
     if config.vision and not is_ours(place):
@@ -104,6 +98,16 @@ def load_model(
     if dtype in STEP_DTYPES:
         model.rwkv.step_dtype = dtype
     return model
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    """ValueError for a dtype that there is not, or not on this device."""
+    if dtype not in (*DTYPES, *STEP_DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join((*DTYPES, *STEP_DTYPES))}")
+    if dtype in STEP_DTYPES and torch.device(device).type != "cpu":
+        raise ValueError(
+            f"dtype is {dtype!r}, which runs on a cpu, and the device is {device!r}; bfloat16 runs on both"
+        )
 
 
 def read_model(

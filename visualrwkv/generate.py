@@ -11,7 +11,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from visualrwkv.model import IMAGE_PLACEHOLDER, Encoded, Images, VisualRWKV
+from visualrwkv.model import IMAGE_PLACEHOLDER, Encoded, Images, VisualRWKV, pieces
 from visualrwkv.ops.token_step import TokenStep, packed_step
 from visualrwkv.rwkv.network import RWKV
 from visualrwkv.rwkv.state import State
@@ -43,31 +43,6 @@ def prefill(
         return model.rwkv.head(hidden[:, -1]), state
     hidden, state = model.hidden(ids, images, state, bounds)
     return model.rwkv.head(hidden[0, bounds[1:].to(hidden.device) - 1]), state
-
-
-PIECE = 2048
-"""Tokens that are read at a time of a long prompt."""
-
-
-def pieces(ids: Tensor, images: Images | None, image_tokens: int) -> Iterator[tuple[Tensor, Images | None]]:
-    """A prompt ids (T,) some PIECE tokens at a time, with the pictures that lie there; no picture is cut."""
-    seats = (ids == IMAGE_PLACEHOLDER).nonzero()[:, 0]
-    count = 0 if images is None else len(images)
-    if len(ids) <= PIECE or len(seats) != count * image_tokens:  # the latter is an error, which the model explains
-        yield ids, images
-        return
-    ends = seats.view(count, -1)[:, -1].add(1).tolist() if count else []  # where each picture's seats end
-    start = first = 0
-    while start < len(ids):
-        stop = min(start + PIECE, len(ids))
-        begun = -(-int((seats < stop).sum()) // image_tokens) if count else 0  # pictures that begin before the cut
-        stop = max(stop, ends[begun - 1] if begun else 0)
-        yield ids[start:stop], None if images is None or begun == first else _some(images, first, begun)
-        start, first = stop, begun
-
-
-def _some(images: Images, first: int, after: int) -> Images:
-    return Encoded(images.features[first:after]) if isinstance(images, Encoded) else images[first:after]
 
 
 def common_start(prompts: Sequence[Sequence[int]]) -> list[int]:

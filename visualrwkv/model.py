@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,3 +146,28 @@ def check_bounds(cu_seqlens: Tensor, B: int, T: int) -> None:
     bounds = cu_seqlens.tolist()
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != T or any(a >= b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to {T} (the row's length), got {bounds[:8]}")
+
+
+PIECE = 2048
+"""Tokens that are read at a time of a long prompt."""
+
+
+def pieces(ids: Tensor, images: Images | None, image_tokens: int) -> Iterator[tuple[Tensor, Images | None]]:
+    """A prompt ids (T,) some PIECE tokens at a time, with the pictures that lie there; no picture is cut."""
+    seats = (ids == IMAGE_PLACEHOLDER).nonzero()[:, 0]
+    count = 0 if images is None else len(images)
+    if len(ids) <= PIECE or len(seats) != count * image_tokens:  # the latter is an error, which the model explains
+        yield ids, images
+        return
+    ends = seats.view(count, -1)[:, -1].add(1).tolist() if count else []  # where each picture's seats end
+    start = first = 0
+    while start < len(ids):
+        stop = min(start + PIECE, len(ids))
+        begun = -(-int((seats < stop).sum()) // image_tokens) if count else 0  # pictures that begin before the cut
+        stop = max(stop, ends[begun - 1] if begun else 0)
+        yield ids[start:stop], None if images is None or begun == first else _some(images, first, begun)
+        start, first = stop, begun
+
+
+def _some(images: Images, first: int, after: int) -> Images:
+    return Encoded(images.features[first:after]) if isinstance(images, Encoded) else images[first:after]

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from visualrwkv.checkpoint import DTYPES, STEP_DTYPES, load_model
+from visualrwkv.checkpoint import DTYPES, STEP_DTYPES, check_dtype, load_model
 from visualrwkv.config import RWKV_PRESETS, ModelConfig
 from visualrwkv.generate import prefill, step
 from visualrwkv.model import VisualRWKV
@@ -24,8 +24,7 @@ def open_model(name: str, device: str, dtype: str) -> VisualRWKV:
     """A model, or a language model of a preset's sizes with random weights. Errors as `load_model`."""
     if name not in RWKV_PRESETS:
         return load_model(name, device, dtype)
-    if dtype not in (*DTYPES, *STEP_DTYPES):
-        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join((*DTYPES, *STEP_DTYPES))}")
+    check_dtype(dtype, device)
     with torch.device("meta"):
         model = VisualRWKV(ModelConfig(RWKV_PRESETS[name])).to(DTYPES.get(dtype, torch.bfloat16))
     model = model.to_empty(device=device).requires_grad_(False).eval()

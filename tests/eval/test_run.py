@@ -188,6 +188,8 @@ def test_saved_answers_need_no_model_and_no_torch(place, tmp_path):
         ("--bench scenes --data {place} --split dev", "split is 'dev'; allowed are test, test_unseen"),
         ("--bench sceens --data {place}", "bench is 'sceens'; allowed are"),
         ("--bench scenes,vqav2", "scenes: it is drawn by scripts/quickstart.sh"),
+        ("--bench pope,scenes", "scenes: it is drawn by scripts/quickstart.sh"),  # before pope is asked for
+        ("--bench gqa,pope --split val_balanced", "split is 'val_balanced'; allowed are test"),
         ("--bench pope", "pope: lmms-lab/POPE cannot be reached"),
         ("--bench pope --split dev", "split is 'dev'; allowed are test"),
         ("--bench scenes --data {place} --predictions {place}/none.jsonl --split test", "none.jsonl"),

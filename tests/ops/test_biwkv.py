@@ -77,6 +77,20 @@ def test_every_value_and_gradient(form, B, T, C):
     assert_close(run(form, inputs, torch.float32), run(bi_wkv_reference, inputs))
 
 
+def test_bands_of_channels(form):
+    """Several bands of several groups, some of whose channels are beyond fp32's range, and one that has a broken number."""
+    w, u, k, v = make(2, 50, 300)
+    k[0, :, 70] *= 32
+    k[1, :, 200:202] *= 32
+    found, wanted = run(form, (w, u, k, v), torch.float32), run(bi_wkv_reference, (w, u, k, v))
+    assert_close(found, wanted)
+    k[0, 49, 100] = torch.nan
+    y = form(*(x.float() for x in (w, u, k, v)))
+    assert y[0, :, 100].isnan().all()
+    others = torch.arange(300) != 100
+    torch.testing.assert_close(y[0][:, others], found["y"][0][:, others].to(y), rtol=1e-5, atol=1e-5)
+
+
 def test_torch_form_is_exact_in_float64():
     inputs = make(2, 50, 5)
     assert_close(run(bi_wkv_torch, inputs), run(bi_wkv_reference, inputs), 1e-13, 1e-12, 1e-13)

@@ -17,6 +17,8 @@ def test_relu_squared(dtype):
     want.backward(slope)
     torch.testing.assert_close(y, want, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(relu_squared(x), want.detach(), rtol=0, atol=0, equal_nan=True)
+    assert x[0, 2].isnan()  # as it was: nothing is written over the argument
 
 
 def test_reorder():

@@ -248,6 +248,13 @@ def test_opcheck(compiled, dtype):
     torch.library.opcheck(torch.ops.visualrwkv.token_mix_forward, (leaves[0], leaves[1][:1], leaves[2], None, None))
     values = [t.detach() for t in leaves]
     torch.library.opcheck(torch.ops.visualrwkv.token_mix_backward, (*values, cu_seqlens, torch.randn_like(delta)))
+    if dtype is torch.float32:
+        narrow = delta.detach().bfloat16()
+        forward, backward = torch.ops.visualrwkv.token_mix_forward, torch.ops.visualrwkv.token_mix_backward
+        torch.library.opcheck(forward, (*leaves[:3], narrow.requires_grad_(), cu_seqlens, True))
+        torch.library.opcheck(forward, (*leaves[:3], None, cu_seqlens, True))
+        for more in (narrow.detach(), None):
+            torch.library.opcheck(backward, (*values[:3], more, cu_seqlens, torch.randn_like(narrow)))
 
 
 def test_torch_compile(compiled):

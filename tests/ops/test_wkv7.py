@@ -243,6 +243,22 @@ def test_bf16_in_and_out(form):
         assert (found.double() - want).norm() <= rounding * want.norm()
 
 
+def test_packed_in_bf16(compiled):
+    """Single steps, whole tiles and what is one longer, each as by itself."""
+    lengths = (1, 64, 65, 130, 1)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = [x.bfloat16() for x in make(1, sum(lengths), 2, 16, len(lengths))[:6]]
+    leaves, doubles = ([x.to(t).requires_grad_() for x in inputs] for t in (torch.bfloat16, torch.float64))
+    y, S = compiled(*leaves, None, cu_seqlens)
+    y_true, S_true = wkv7_reference(*doubles, None, cu_seqlens)
+    torch.testing.assert_close(y.double(), y_true, rtol=2.0**-8, atol=1e-5)
+    torch.testing.assert_close(S.double(), S_true, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(y.float().sum() + S.sum(), leaves)
+    wanted = torch.autograd.grad(y_true.sum() + S_true.sum(), doubles)
+    for found, want in zip(gradients, wanted, strict=True):
+        assert (found.double() - want).norm() <= 2.0**-8 * want.norm()
+
+
 def test_autocast_does_not_lower_the_precision(form):
     inputs = make(1, 40, 1, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -95,7 +95,7 @@ def _(x, last, mix, delta, cu_seqlens, narrow=False):
 
 @torch.library.register_fake("visualrwkv::token_mix_backward")
 def _(x, last, mix, delta, cu_seqlens, dout):
-    ddelta = dout.new_empty((0,) if delta is None else delta.shape)  # without delta nobody asks for it
+    ddelta = mix.new_empty(0) if delta is None else delta.new_empty(delta.shape)  # without delta nobody asks for it
     return x.new_empty(x.shape), last.new_empty(last.shape), mix.new_empty(mix.shape), ddelta
 
 
@@ -111,6 +111,7 @@ def _(x, last, mix, delta, cu_seqlens, narrow=False):
 
 @torch.library.impl("visualrwkv::token_mix_backward", "CPU")
 def _(x, last, mix, delta, cu_seqlens, dout):
+    dout = dout.to(x.dtype) if x.dtype is torch.bfloat16 else dout
     x, last, mix, delta, dout = (None if t is None else t.contiguous() for t in (x, last, mix, delta, dout))
     count, offsets = sequences.offsets(cu_seqlens, *x.shape[:2])
     dx, dlast, dmix_parts, ddelta = _gradients(x, last, mix, delta, PIECE["cpu"])
@@ -142,13 +143,16 @@ torch.library.impl("visualrwkv::token_mix_backward", "CUDA", _backward_cuda)
 def _gradients(x: Tensor, last: Tensor, mix: Tensor, delta: Tensor | None, piece: int) -> tuple[Tensor, ...]:
     """Room for dx, dlast, the partial sums of dmix (pieces, M, C), and ddelta."""
     pieces = -(-x.shape[0] * x.shape[1] // piece)
-    ddelta = x.new_empty(0) if delta is None else torch.empty_like(delta)
+    ddelta = mix.new_empty(0) if delta is None else torch.empty_like(delta)
     return torch.empty_like(x), torch.zeros_like(last), mix.new_empty((pieces, *mix.shape)), ddelta
 
 
 def _ending(x: Tensor, out: Tensor) -> str:
     """Of the C functions' names, by the dtypes of x and of what is made of it."""
-    return library.ON_CPU[x.dtype] if x.dtype is out.dtype else "_narrow"
+    if x.dtype is out.dtype:
+        return library.ON_CPU[x.dtype]
+    assert (x.dtype, out.dtype) == (torch.float32, torch.bfloat16), (x.dtype, out.dtype)
+    return "_narrow"
 
 
 def _sizes_and(tensors: int) -> tuple[type, ...]:

@@ -225,7 +225,7 @@ def _(r, k, v, w, u, state, cu_seqlens, keep):
 @torch.library.impl("visualrwkv::wkv6_backward", "CPU")
 def _(r, k, v, w, u, state, cu_seqlens, states, dy, dS):
     dS = torch.zeros_like(state) if dS is None else dS
-    inputs = [x.contiguous() for x in (r, k, v, w, u, state, dy, dS)]
+    inputs = [x.contiguous() for x in (r, k, v, w, u, state, dy.to(r.dtype), dS)]
     dr, dk, dv, dw = (torch.empty_like(x) for x in inputs[:4])
     du_parts, dstate = u.new_empty((state.shape[0], *u.shape)), torch.empty_like(inputs[5])
     call_cpu("visualrwkv_wkv6_backward", cu_seqlens, *inputs, dr, dk, dv, dw, du_parts, dstate)

@@ -262,7 +262,7 @@ def _(r, w, k, v, a, b, state, cu_seqlens, keep):
 @torch.library.impl("visualrwkv::wkv7_backward", "CPU")
 def _(r, w, k, v, a, b, state, cu_seqlens, states, dy, dS):
     dS = torch.zeros_like(state) if dS is None else dS
-    inputs = [x.contiguous() for x in (r, w, k, v, a, b, state, dy, dS)]
+    inputs = [x.contiguous() for x in (r, w, k, v, a, b, state, dy.to(r.dtype), dS)]
     gradients = [torch.empty_like(x) for x in inputs[:7]]
     call_cpu("visualrwkv_wkv7_backward", cu_seqlens, *inputs, *gradients)
     return tuple(gradients)
@@ -278,7 +278,7 @@ def _backward(ctx, dy, dS, _):
 torch.library.register_autograd("visualrwkv::wkv7_forward", _backward, setup_context=save_for_backward)
 
 
-# On CUDA: the inputs but the state, y and their gradients are all bf16 or all fp32 -------------------------------------
+# On CUDA, as on the CPU, the inputs but the state, y and their gradients are all bf16 or all fp32 -----------------------
 
 
 def _forward_cuda(r, w, k, v, a, b, state, cu_seqlens, keep):

@@ -102,7 +102,7 @@ class TimeMix(nn.Module):
             v = torch.lerp(v, v_first, torch.sigmoid(self.v0[0].to(dtype) + (xv @ self.v1) @ self.v2))
         a = torch.sigmoid(self.a0[0].to(dtype) + (xa @ self.a1) @ self.a2)
         g = torch.sigmoid(xg @ self.g1) @ self.g2
-        kk = F.normalize((k * self.k_k[0].to(dtype)).view(T, H, N), dim=-1)
+        kk = F.normalize((k * self.k_k[0].to(dtype)).view(T, H, N), dim=-1).to(dtype)  # CUDA's autocast raises a norm
         k = k * (1 + (a - 1) * self.k_a[0].to(dtype))
         r, w, k, v, a = (t.view(T, H, N) for t in (r, w.to(dtype), k, v, a))
         y, wkv = wkv7(r[None], w[None], k[None], v[None], -kk[None], (kk * a)[None], wkv, cu_seqlens)

@@ -136,7 +136,7 @@ def draw(turns: dict[str, list[float]], path: Path) -> None:
     figure, axes = plt.subplots(len(rows), figsize=(8, 6), sharex=True)
     for axis, (what, label, factor) in zip(axes, rows, strict=True):
         axis.plot(range(1, len(turns[what]) + 1), [factor * value for value in turns[what]], linewidth=1)
-        axis.set(ylabel=label, ylim=(0, None))
+        axis.set(ylabel=label, ylim=(0, 1.2 * factor * max(turns[what])))
     axes[-1].set_xlabel("turn, each with a picture")
     axes[0].set_title(f"One conversation; its state has {int(turns['state'][-1]):,} bytes at every turn")
     figure.tight_layout()

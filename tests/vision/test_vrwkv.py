@@ -203,6 +203,15 @@ def test_single_precision_is_close(make):
     torch.testing.assert_close(make(POST).float()(images.float()).double(), wanted, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(("H", "W"), [(32, 32), (24, 40), (31, 17)])
+def test_patches_in_bf16_are_the_convolutions(make, H, W):
+    embed = make(PRE).patch_embed.bfloat16()
+    pixels = torch.randn(2, 3, H, W, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = embed(pixels)
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.float(), embed.float()(pixels.float()), rtol=2.0**-8, atol=1e-3)
+
+
 def test_positions_keep_rows_and_columns_apart(make):
     net = make(PRE)
     net.pos_embed.copy_(torch.arange(4.0).repeat_interleave(4).view(1, 16, 1).expand(1, 16, 16))  # the row's number

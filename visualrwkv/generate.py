@@ -40,6 +40,7 @@ def prefill(
     if len(prompts) == 1:
         for piece, seen in pieces(ids[0], images, model.config.image_tokens):
             hidden, state = model.hidden(piece[None], seen, state)
+        assert state is not None  # there is at least one piece
         return model.rwkv.head(hidden[:, -1]), state
     hidden, state = model.hidden(ids, images, state, bounds)
     return model.rwkv.head(hidden[0, bounds[1:].to(hidden.device) - 1]), state

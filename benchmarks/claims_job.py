@@ -59,11 +59,13 @@ class Trial:
         return Trial(kind=self.kind, rate=self.rate, seed=self.seed)
 
 
-def stage(made: VisualRWKV, which: str, out: Path, data: Path, recipe: Recipe, trial: Trial) -> VisualRWKV:
+def stage(
+    made: VisualRWKV, which: str, out: Path, data: Path, recipe: Recipe, trial: Trial, images: Path | None = None
+) -> VisualRWKV:
     """Train one stage, unless it is there, and fill the model with what it left."""
     if not (out / WEIGHTS).exists():
         scaled = {k: getattr(recipe, k) * trial.rate for k in ("lr", "lr_final", "muon_lr")}
-        run = Run(which, data, data.parent, out, trial.name)  # type: ignore[arg-type]
+        run = Run(which, data, images or data.parent, out, trial.name)  # type: ignore[arg-type]
         if not train(made, run, replace(recipe, seed=trial.seed, **scaled)):
             sys.exit(130)
     return fill(made, out)

@@ -44,6 +44,8 @@ class Llama(nn.Module):
             intermediate_size=inner,
             max_position_embeddings=65536,
             attn_implementation="sdpa",
+            bos_token_id=None,
+            eos_token_id=None,
         )
         model = LlamaModel(settings)
         del model.embed_tokens

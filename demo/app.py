@@ -40,6 +40,7 @@ class Demo:
     port: int = 7860
     device: str = "cpu"
     dtype: str = "float32"
+    task: Path | None = None  # what state tuning made of this model: where every conversation starts
 
 
 @dataclass
@@ -285,7 +286,7 @@ def main() -> None:
         raise FileNotFoundError(
             f"there is no {QUICKSTART}; give a model with --model, or run scripts/quickstart.sh first"
         )
-    vlm = load(options.model, device=options.device, dtype=options.dtype)
+    vlm = load(options.model, device=options.device, dtype=options.dtype, task=options.task)
     blocks = make_page(vlm, Path(options.model).name).queue(default_concurrency_limit=4, max_size=64)
     look = gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]

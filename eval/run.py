@@ -38,7 +38,9 @@ class Options:
     data: Path | None = None  # the bench's files, or folders of several benches' names; left out, the Hub's are fetched
     model: str | None = None  # default: the newest model under runs/
     predictions: Path | None = None  # score these answers (JSONL with question_id and text) and load no model
-    out: Path | None = None  # default: eval-<hash of the model>/ in its directory; none with --predictions
+    out: Path | None = (
+        None  # default: eval-<hashes of model and task>/ in the model's directory; none with --predictions
+    )
     split: str | None = None  # one of the bench's splits; default: what its files are for
     limit: int = 0  # the first so many questions of each split; 0: all
     blind: bool = False  # also ask without the picture
@@ -46,6 +48,7 @@ class Options:
     batch_size: int = 64
     max_new_tokens: int | None = None  # default: the bench's
     dtype: str = "float32"
+    task: Path | None = None  # what state tuning made of this model: where every question starts
 
 
 # Scores --------------------------------------------------------------------------------------------------------------
@@ -202,8 +205,8 @@ def saved(options: Options, benches: list[Bench]) -> None:
     began = time.monotonic()
     if len(benches) > 1:
         raise ValueError(f"--predictions holds the answers to one bench, and {len(benches)} are asked for")
-    if options.limit or options.blind:
-        raise ValueError("--limit and --blind are for asking a model; saved answers are scored as they are")
+    if options.limit or options.blind or options.task:
+        raise ValueError("--limit, --blind and --task are for asking a model; saved answers are scored as they are")
     (bench,) = benches
     score, more, count = score_saved(bench, options)
     if options.out:
@@ -226,9 +229,10 @@ def fresh(options: Options, benches: list[Bench]) -> None:
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    vlm = load(model, device=device, dtype=options.dtype)
+    vlm = load(model, device=device, dtype=options.dtype, task=options.task)
     config, mark = vlm.model.config, model_hash(model)
-    out = options.out or (Path(model) if Path(model).is_dir() else Path("runs")) / f"eval-{mark}"
+    name = f"eval-{mark}" + (f"-{model_hash(options.task)}" if options.task else "")
+    out = options.out or (Path(model) if Path(model).is_dir() else Path("runs")) / name
     settings = {
         "model_hash": mark,
         "image_position": options.image_position or config.image_position,
@@ -237,6 +241,8 @@ def fresh(options: Options, benches: list[Bench]) -> None:
         "image_tokens": config.image_tokens,
         "dtype": options.dtype,
     }
+    if options.task:
+        settings["task"] = model_hash(options.task)
     by_bench: dict[str, dict[str, Any]] = {name: {} for name in BY_BENCH}
     for bench in benches:
         began = time.monotonic()

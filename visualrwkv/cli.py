@@ -106,6 +106,7 @@ class Serve:
 
     model: str  # a model directory or file
     name: str | None = None  # what clients call it; the directory's name unless given
+    task: Path | None = None  # what state tuning made of this model: where every conversation starts
     host: str = "127.0.0.1"
     port: int = 8000
     device: str = "cpu"
@@ -264,7 +265,7 @@ def serve(args: list[str]) -> None:
     name = options.name or Path(options.model.partition(":")[0]).resolve().stem
     limits = Limits(slots=options.slots, queue=options.queue, timeout_s=options.timeout_s, states=options.states)
     o = options
-    run_server(o.model, name, o.host, o.port, o.device, o.dtype, key, o.allow_urls, limits)
+    run_server(o.model, name, o.host, o.port, o.device, o.dtype, key, o.allow_urls, limits, o.task)
 
 
 def kernels(args: list[str]) -> None:

@@ -10,8 +10,12 @@ from pathlib import Path
 import plan
 import pytest
 import run
+import torch
 
 from visualrwkv.checkpoint import save_model
+from visualrwkv.files import fingerprint
+from visualrwkv.rwkv.state import State
+from visualrwkv.task import TASK, save_task
 
 ROOT = Path(__file__).parents[2]
 CASES = next((p for p in (up / "shared/eval_cases" for up in ROOT.parents) if p.is_dir()), None)
@@ -114,6 +118,18 @@ def test_other_settings_are_one_sentence(uninterrupted, place, here):
         here(*told(place, out, "--image-position", "first"))
 
 
+def test_a_task_is_where_questions_start(uninterrupted, place, here, tmp_path, tiny_model):
+    out, _ = uninterrupted
+    model = tiny_model()
+    wkv = 3 * torch.randn(State.zeros(model.config.rwkv).wkv[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    save_task(tmp_path / TASK, wkv, model.config.rwkv, fingerprint(model.rwkv))
+    with pytest.raises(ValueError, match=r"other settings .task unknown instead of"):
+        here(*told(place, out, "--task", str(tmp_path / TASK)))
+    here(*told(place, tmp_path / "out", "--task", str(tmp_path / TASK), "--split", "test"))
+    assert (tmp_path / "out/scenes-test.jsonl").read_bytes() != (out / "scenes-test.jsonl").read_bytes()
+    assert json.loads((tmp_path / "out/result.json").read_text())["task"]
+
+
 def test_a_limited_run_is_scored_on_what_it_asked(place, here, tmp_path):
     scores = here(*told(place, tmp_path, "--limit", "3", "--split", "test"))["scenes"]["test"]
     assert scores["accuracy"] in (0, 1 / 3, 2 / 3, 1)
@@ -204,7 +220,7 @@ def test_saved_answers_need_no_model_and_no_torch(place, tmp_path):
         ("--bench scenes --data {place} --predictions {place}/prompt.jsonl --split test", "answer 1: its prompt is 5"),
         ("--bench llava-bench --data {place}/nowhere --predictions {place}/empty.jsonl", "holds no answer"),
         ("--bench scenes,scenes --data {place} --batch-size 0", "batch_size 0"),
-        ("--bench scenes --data {place} --predictions a --limit 3 --split test", "--limit and --blind"),
+        ("--bench scenes --data {place} --predictions a --limit 3 --split test", "--limit, --blind and --task"),
     ],
 )
 def test_errors_are_one_sentence(place, options, words, monkeypatch, capsys):

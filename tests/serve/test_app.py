@@ -5,7 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+import torch
 
+from visualrwkv.chat import VLM
+from visualrwkv.files import fingerprint
+from visualrwkv.rwkv.state import State
+from visualrwkv.task import TASK, save_task
 from visualrwkv.text.prompt import literal
 
 SIX = {"model": "tiny", "max_tokens": 6}
@@ -106,6 +111,23 @@ def test_a_response_goes_on_from_a_state(served, vlm, picture, as_uri):
     client.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError, match="there is no response"):
         client.responses.create(input="Why?", previous_response_id=first.id, **settings)
+
+
+def test_a_task_is_where_conversations_start(start, tiny_model, tmp_path):
+    vlm = VLM(tiny_model())
+    before = vlm.answer(None, "Hello", max_new_tokens=6)
+    wkv = 3 * torch.randn(
+        State.zeros(vlm.model.config.rwkv).wkv[:, 0].shape, generator=torch.Generator().manual_seed(0)
+    )
+    save_task(tmp_path / TASK, wkv, vlm.model.config.rwkv, fingerprint(vlm.model.rwkv))
+    vlm.use(tmp_path)
+    after = vlm.answer(None, "Hello", max_new_tokens=6)
+    assert after != before
+    with start(vlm) as (_, _, client):
+        done = client.chat.completions.create(messages=[{"role": "user", "content": "Hello"}], **SIX)
+        assert done.choices[0].message.content == after
+        first = client.responses.create(model="tiny", input="Hello", max_output_tokens=6)
+        assert first.output_text == after
 
 
 def test_a_response_streams(client, vlm, picture, as_uri):

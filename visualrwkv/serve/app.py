@@ -90,7 +90,7 @@ def make_app(
         most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         answer = asked.answer(most, "max_completion_tokens", limits, vlm.model.config.end_of_turn)
         prompt, pixels = await within(request, reader.read(asked.messages))
-        asking = Asking(engine, prompt, pixels, answer, None, keep=False)
+        asking = Asking(engine, prompt, pixels, answer, vlm.start, keep=False)
         if asked.stream:
             return as_events(completions.events(asking, request, limits.timeout_s, name, asked))
         return JSONResponse(await completions.whole(asking, request, limits.timeout_s, name))
@@ -99,7 +99,7 @@ def make_app(
     async def respond(asked: Respond, request: Request) -> Response:
         check_model(asked)
         answer = asked.answer(asked.max_output_tokens, "max_output_tokens", limits, vlm.model.config.end_of_turn)
-        start = None
+        start = vlm.start
         if asked.previous_response_id is not None:
             start = store.get(asked.previous_response_id)
             if start is None:

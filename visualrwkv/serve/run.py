@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import uvicorn
 
 from visualrwkv.chat import load
@@ -21,9 +23,10 @@ def serve(
     key: str | None,
     allow_urls: bool,
     limits: Limits,
+    task: Path | None = None,
 ) -> None:
     """Serve until told to stop; then no new requests are taken, and those under way are finished."""
-    app = make_app(load(model, device=device, dtype=dtype), name, limits, key, allow_urls)
+    app = make_app(load(model, device=device, dtype=dtype, task=task), name, limits, key, allow_urls)
     print(f"serving {name} on http://{host}:{port}/v1", flush=True)
     uvicorn.run(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=LONGEST_GOODBYE, server_header=False

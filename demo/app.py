@@ -237,7 +237,13 @@ def make_page(vlm: VLM, name: str) -> gr.Blocks:
         gr.Markdown(f"# VisualRWKV\n{name}: pictures and conversation live in a state of constant size.")
         talk = gr.State(None, time_to_live=86400)
         chat = gr.Chatbot(
-            label="Conversation", height=440, editable="user", buttons=["copy"], render_markdown=False, elem_id="chat"
+            label="Conversation",
+            height=440,
+            editable="user",
+            group_consecutive_messages=False,  # in a group only the first is edited, and that is the picture
+            buttons=["copy"],
+            render_markdown=False,
+            elem_id="chat",
         )
         box = gr.MultimodalTextbox(
             file_count="multiple",

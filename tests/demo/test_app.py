@@ -129,6 +129,15 @@ def test_a_question_is_edited(page, vlm, png, picture):
     session.ask("Whose?")
     expect(page.locator("#panel td").nth(1)).to_have_text(f"{session.tokens:,}", timeout=WAIT)
     expect(page.locator("#chat")).not_to_contain_text("Why?")
+    buttons = page.locator("#chat").get_by_role("button", name="Edit")
+    buttons.nth(buttons.count() - 2).click()  # of the question about the picture
+    page.locator("#chat textarea").last.fill("What shape is it?")
+    page.locator("#chat").get_by_role("button", name="Submit").last.click()
+    session = vlm.session()
+    session.ask("What shape is it?", picture(0))
+    expect(page.locator("#panel td").nth(1)).to_have_text(f"{session.tokens:,}", timeout=WAIT)
+    expect(page.locator("#chat img").first).to_be_visible()
+    expect(page.locator("#chat")).not_to_contain_text("Whose?")
 
 
 def test_stop_leaves_no_trace(page, vlm, monkeypatch):

@@ -147,7 +147,7 @@ def test_a_long_prompt_is_read_in_pieces(tiny_model, pixels, monkeypatch, versio
         logits, state = prefill(model, [prompt], images)
         torch.testing.assert_close(logits, whole, rtol=0, atol=2e-5)
         for mine, theirs in zip(vars(state).values(), vars(end).values()):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
         parts = list(pieces(torch.tensor(prompt), images, 16))
         assert torch.cat([ids for ids, _ in parts]).tolist() == prompt
         assert all(len(ids) <= piece + 31 for ids, _ in parts)

@@ -266,7 +266,7 @@ def test_many_processes_find_what_one_finds(folder, config):
 
 def test_an_index_is_kept_for_the_same_records_alone(folder, config, monkeypatch):
     data = read(folder, GOOD, config)
-    data.keep_index(folder / "index.npz")
+    data.keep(folder / "index.npz")
     assert data.kept(folder / "index.npz")
     monkeypatch.setattr(Conversations, "measure", lambda *_: pytest.fail("looked again"))
     again = Conversations(folder / "data.json", folder / "images", config)

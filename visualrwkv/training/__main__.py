@@ -51,6 +51,10 @@ def main() -> None:
         )
     if options.watch is None and (options.samples or options.best):
         raise ValueError("--samples and --best need --watch, the questions to ask")
+    if recipe.streaming and options.features:
+        raise ValueError(
+            "--features goes over all pictures before the first step, --streaming over none; give one of them"
+        )
     if options.watch_every < 1:
         raise ValueError(f"watch_every is {options.watch_every}; it must be at least 1")
     share_one_heap()  # before torch starts its threads

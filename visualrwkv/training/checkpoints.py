@@ -76,9 +76,9 @@ class Checkpoints:
     def __init__(self, folder: Path, engine: Any, world: Any, keep: int):
         self.folder, self.engine, self.world, self.keep = folder, engine, world, keep
 
-    def save(self, step: int) -> None:
-        """Keep the run as it is before `step`, then drop what is older than the newest `keep`."""
-        client = {"step": step, "random": torch.get_rng_state()}
+    def save(self, step: int, place: Any = None) -> None:
+        """Keep the run as it is before `step`, then drop what is older than the newest `keep`; place: a stream's."""
+        client = {"step": step, "random": torch.get_rng_state(), "place": place}
         if torch.cuda.is_available():
             client["random_cuda"] = torch.cuda.get_rng_state()
         name = f"step-{step}"
@@ -94,17 +94,17 @@ class Checkpoints:
             for old in [p for p in kept if p.name != name][: max(len(kept) - self.keep, 0)]:
                 shutil.rmtree(old)
 
-    def resume(self) -> int:
-        """The step to go on from; 0 without a checkpoint."""
+    def resume(self) -> tuple[int, Any]:
+        """The step to go on from, and a stream's place; 0 and None without a checkpoint."""
         if not (self.folder / "latest").exists():
-            return 0
+            return 0, None
         _, client = self.engine.load_checkpoint(
             str(self.folder), load_module_strict=False
         )  # frozen parts are not in it
         torch.set_rng_state(client["random"])
         if "random_cuda" in client:
             torch.cuda.set_rng_state(client["random_cuda"])
-        return int(client["step"])
+        return int(client["step"]), client.get("place")
 
     def drop(self) -> None:
         """The run is finished."""

@@ -6,7 +6,7 @@ A batch is one row of T tokens from S samples; I pictures.
 from __future__ import annotations
 
 import random
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from visualrwkv.training.index import Index, make_index
 from visualrwkv.training.packing import Share
 from visualrwkv.training.recipes import POSITIONS, Policy, Position
 from visualrwkv.training.records import Record, Stored, read_record
-from visualrwkv.training.sources import open_source
+from visualrwkv.training.sources import Readable, Source, open_source
 from visualrwkv.training.tables import Cell
 from visualrwkv.vision.processor import make_processor
 
@@ -32,7 +32,8 @@ class Batch:
     """One packed row: ids, labels (T,), cu_seqlens (S+1,), and which pictures stand in it, by their names.
 
     `images` are those of the pictures that the encoder still has to read, each once, or None: pixels (I, 3, H, W), in
-    the order of `unread`. `records` are those in the row, `skipped` those that should be and could not be read.
+    the order of `unread`. `records` are those in the row, `skipped` those that should be and could not be read; `place` is
+    where a stream goes on after the step that this batch ends.
     """
 
     ids: Tensor
@@ -43,6 +44,7 @@ class Batch:
     unread: tuple[str, ...] = ()
     records: tuple[int, ...] = ()
     skipped: tuple[str, ...] = ()
+    place: dict[str, Any] | None = None
 
     @property
     def samples(self) -> int:
@@ -54,20 +56,16 @@ class Batch:
         return replace(self, ids=ids, labels=labels, cu_seqlens=cu_seqlens, images=images)
 
 
-class Conversations(Dataset):
-    """The records of a data file or set, as the model reads them.
+class Reader(Dataset):
+    """Records as the model reads them.
 
     ValueError or FileNotFoundError names file, record and value. longest: a record of more tokens is cut after its last
     answer that fits (0: none is cut); bad: what to do about a record that fails; frames: of a video.
-    `index` holds every record's length once `prepare` has looked at them, so that no run stops half-way at a bad one.
     """
-
-    index: Index
 
     def __init__(
         self,
-        path: Path,
-        images: Path,
+        source: Readable,
         model: ModelConfig,
         image_position: Position = "middle",
         longest: int = 0,
@@ -77,52 +75,17 @@ class Conversations(Dataset):
     ):
         choose("image_position", image_position, POSITIONS)
         choose("bad", bad, ("error", "skip"))
-        self.path = path
+        self.source, self.path = source, source.path
         self.image_tokens, self.image_position, self.template = model.image_tokens, image_position, model.template
         self.longest, self.bad, self.frames, self.seed = longest, bad, frames, seed
         self.processor = make_processor(model.vision) if model.vision else None
-        self.source = open_source(path, images)
         self.read: Container[str] = ()  # pictures that need not be opened again
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def prepare(self, kept: Path | None = None, workers: int = 0) -> Index:
-        """Look at all records, or at what an earlier look left in the file `kept`; nothing is written.
-
-        ValueError names the first bad record, unless bad ones are to be skipped, and a set without anything to learn.
-        """
-        index = Index.load(kept, self.mark()) if kept else None
-        if index is None:
-            index = make_index(self.measure, len(self), workers)
-            if self.bad == "error" and index.problems:
-                more = len(index.problems) - 1
-                also = f"; {more} more records fail, and --bad skip leaves them all out" if more else ""
-                raise ValueError(index.problems[0][1] + also)
-            if not index.answers.any():
-                first = f"; the first of them: {index.problems[0][1]}" if index.problems else ""
-                raise ValueError(f"{self.path} has no record with an answer to learn from{first}")
-        self.index = index
-        return index
-
     def mark(self) -> list[Any]:
-        """What an index depends on."""
+        """What is known of the records depends on this."""
         seed = self.seed if self.image_position == "mixed" else 0
         how = [self.image_tokens, self.image_position, self.template, self.longest, self.bad, self.frames, seed]
         return [self.source.mark(), *how, self.processor is not None]
-
-    def kept(self, file: Path) -> bool:
-        """Whether the file holds an index of these records, read in this way."""
-        return Index.load(file, self.mark()) is not None
-
-    def keep_index(self, file: Path) -> None:
-        """Leave the index for `prepare`."""
-        self.index.save(file, self.mark())
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each record; 0 for one that is left out."""
-        return self.index.lengths.tolist()
 
     def name(self, index: int) -> str:
         """How to point a person at a record."""
@@ -214,9 +177,66 @@ class Conversations(Dataset):
             return error
 
 
-def load_batches(data: Conversations, shares: Sequence[Share], workers: int) -> Iterator[Batch]:
+class Conversations(Reader):
+    """The records of a data file or set, all at hand.
+
+    `index` holds every record's length once `prepare` has looked at them, so that no run stops half-way at a bad one.
+    """
+
+    source: Source
+    index: Index
+    memory = "index.npz"
+
+    def __init__(self, path: Path, images: Path, model: ModelConfig, *how: Any, **more: Any):
+        super().__init__(open_source(path, images), model, *how, **more)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def prepare(self, kept: Path | None = None, workers: int = 0) -> Index:
+        """Look at all records, or at what an earlier look left in the file `kept`; nothing is written.
+
+        ValueError names the first bad record, unless bad ones are to be skipped, and a set without anything to learn.
+        """
+        index = Index.load(kept, self.mark()) if kept else None
+        if index is None:
+            index = make_index(self.measure, len(self), workers)
+            if self.bad == "error" and index.problems:
+                more = len(index.problems) - 1
+                also = f"; {more} more records fail, and --bad skip leaves them all out" if more else ""
+                raise ValueError(index.problems[0][1] + also)
+            if not index.answers.any():
+                first = f"; the first of them: {index.problems[0][1]}" if index.problems else ""
+                raise ValueError(f"{self.path} has no record with an answer to learn from{first}")
+        self.index = index
+        return index
+
+    def kept(self, file: Path) -> bool:
+        """Whether the file holds an index of these records, read in this way."""
+        return Index.load(file, self.mark()) is not None
+
+    def keep(self, file: Path) -> None:
+        """Leave the index for `prepare`."""
+        self.index.save(file, self.mark())
+
+    def digest(self) -> str:
+        """What all machines must have alike."""
+        return f"{len(self):,} records, {self.index.mark()}"
+
+    def ids(self) -> tuple[set[int], set[int]] | None:
+        """Which ids occur in answers, and which at all; None where nobody knows."""
+        answers, words = (set(seen.nonzero()[0].tolist()) for seen in (self.index.answers, self.index.words))
+        return answers, words
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each record; 0 for one that is left out."""
+        return self.index.lengths.tolist()
+
+
+def load_batches(data: Reader, shares: Iterable[Share], workers: int) -> Iterator[Batch]:
     """The batches of these shares in order, loaded ahead by `workers` processes (0: in this one)."""
-    keys: Any = [batch for share in shares for batch in share.batches]
+    keys: Any = (batch for share in shares for batch in share.batches)
     for batch in DataLoader(data, batch_size=None, sampler=keys, num_workers=workers):
         if isinstance(batch, Exception):
             raise batch

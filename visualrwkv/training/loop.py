@@ -1,8 +1,8 @@
 """The training loop: one stage of one model under DeepSpeed, the same on a laptop's CPU and on many GPUs.
 
 A run is a directory: the model as soon as it is trained (`adapt.leave`: or the state, and LoRA's `adapter/`), `recipe.json`,
-`deepspeed.json`, `metrics.jsonl`, `loss.png`, `tensorboard/`, `index.npz` (what is known of the records), and `checkpoints/`
-from which the same command goes on.
+`deepspeed.json`, `metrics.jsonl`, `loss.png`, `tensorboard/`, `index.npz` (what is known of the records; of a stream `stream.json`),
+and `checkpoints/` from which the same command goes on.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ from visualrwkv.training.loss import distinct_rows, wake_head
 from visualrwkv.training.memory import trim_memory
 from visualrwkv.training.objective import Objective
 from visualrwkv.training.optim import freeze, learning_rate, make_optimizer
-from visualrwkv.training.packing import Plan, Share
-from visualrwkv.training.prepare import prepare, summary
+from visualrwkv.training.packing import Plan
+from visualrwkv.training.prepare import make_plan, prepare, summary
 from visualrwkv.training.progress import Bar
 from visualrwkv.training.recipes import Recipe
 from visualrwkv.training.shelf import Shelf, encoder_mark, fill
+from visualrwkv.training.stream import Streamed, StreamPlan
 from visualrwkv.training.watch import Watch
 
 
@@ -54,9 +55,7 @@ def train(model: VisualRWKV, run: Run, recipe: Recipe, watch: Watch | None = Non
     """
     world = World()
     data, settings = prepare(model, run, recipe, world)
-    ranks = world.size, recipe.accumulate
-    plan = Plan(data.lengths, recipe.tokens, recipe.seed, *ranks, recipe.look_ahead, data.source.order)
-    total = recipe.steps or plan.steps(recipe.epochs)
+    plan, total = make_plan(data, recipe, world)
     if (run.out / result_of(run.stage)).exists():
         if world.chief:
             print(f"{run.out} is finished; set OUT to train again beside it", file=sys.stderr)
@@ -84,7 +83,7 @@ class Trainer:
         run: Run,
         recipe: Recipe,
         world: World,
-        data: Conversations,
+        data: Conversations | Streamed,
         settings: dict[str, Any],
         watch: Watch | None,
         made_for: str,
@@ -93,13 +92,16 @@ class Trainer:
 
         self.model, self.run, self.recipe, self.world, self.data, self.watch = model, run, recipe, world, data, watch
         self.made_for = made_for
-        answers, words = (set(seen.nonzero()[0].tolist()) for seen in (data.index.answers, data.index.words))
+        every = set(range(model.config.rwkv.vocab_size))
+        answers, words = data.ids() or (every, every)
         wake_head(model.rwkv.head.weight, answers)
         rows = None if recipe.l2wrap else distinct_rows(model.rwkv.head.weight, answers)
-        few_words = run.stage == "language" and not recipe.lora and len(words) < 0.9 * model.config.rwkv.vocab_size
+        few_words = run.stage == "language" and not recipe.lora and len(words) < 0.9 * len(every)
         known = torch.tensor(sorted(words), device=model.device) if few_words else None
         # With ZeRO 3 each part of the encoder is gathered when it runs: a rank that leaves it out would let the others wait.
-        features = Features(recipe.features_gb * 1e9 if recipe.zero < 3 else 0, self.shelf())
+        # What comes from a stream has a new name each time.
+        again = recipe.zero < 3 and not recipe.streaming
+        features = Features(recipe.features_gb * 1e9 if again else 0, self.shelf())
         if recipe.recompute:
             recompute_blocks(model.rwkv, recipe.zero)
         self.objective = Objective(model, recipe, rows, known, features, state_tuning=run.stage == "state")
@@ -118,7 +120,7 @@ class Trainer:
                 False  # alone there is nothing to reduce; it would copy every gradient
             )
         self.checkpoints = Checkpoints(run.out / "checkpoints", self.engine, world, recipe.keep)
-        self.start = self.checkpoints.resume()
+        self.start, self.place = self.checkpoints.resume()
         self.log = Log(run.out, self.start) if world.chief else None
         self.alarm = Alarm(recipe.spike)
         self.left_out = 0
@@ -127,11 +129,13 @@ class Trainer:
             put(run.out / "deepspeed.json", json.dumps(settings, indent=2) + "\n")
             for row in self.log.rows:
                 self.alarm(row["loss"])
+                self.left_out = row.get("left_out", 0)
 
     def shelf(self) -> Shelf | None:
         """The directory of features, filled by all ranks, where the run has one."""
         if self.run.features is None or self.model.vit is None or self.run.stage == "language":
             return None
+        assert isinstance(self.data, Conversations), "of a stream nobody knows the pictures"
         error: Exception | None = None
         try:
             if self.world.chief:
@@ -148,17 +152,17 @@ class Trainer:
         shelf.refresh()
         return shelf
 
-    def steps(self, plan: Plan, total: int) -> bool:
+    def steps(self, plan: Plan | StreamPlan, total: int) -> bool:
         """All steps that are left; False when a signal ended them."""
         interrupt = Interrupt()
-        shares = list(plan.shares(self.world.rank, self.start, total))
+        shares = plan.shares(self.world.rank, self.start, total, self.place)
         batches = load_batches(self.data, shares, self.recipe.workers)
         self.engine.train()
         stopped = False
         with Bar(self.run.stage, total, self.start, self.world.chief) as bar:
-            for step, share in enumerate(shares, self.start):
+            for step in range(self.start, total):
                 began = time.monotonic()
-                window, samples = self.read(batches, share, step)
+                window, samples = self.read(batches, step)
                 figures = self.step(window, samples, step, total)
                 if self.log:
                     notes = self.tell(step, figures, time.monotonic() - began)
@@ -168,7 +172,7 @@ class Trainer:
                 ctrl_c, term = self.world.sum(interrupt.signal == signal.SIGINT, interrupt.signal == signal.SIGTERM)
                 stopped = bool(ctrl_c or term) and step + 1 < total
                 if stopped or ((step + 1) % self.recipe.save_every == 0 and step + 1 < total):
-                    self.checkpoints.save(step + 1)
+                    self.checkpoints.save(step + 1, self.place)
                 if stopped:
                     break
         if stopped and self.world.chief:
@@ -178,19 +182,20 @@ class Trainer:
             leave_world(0)
         return not stopped
 
-    def read(self, batches: Iterator[Batch], share: Share, step: int) -> tuple[list[Batch], int]:
+    def read(self, batches: Iterator[Batch], step: int) -> tuple[list[Batch], int]:
         """This rank's batches of a step, and the samples of all ranks in it."""
         window: list[Batch] = []
         error: Exception | None = None
         try:
-            window = [next(batches) for _ in share.batches]
+            window = [next(batches) for _ in range(self.recipe.accumulate)]
         except (ValueError, OSError) as caught:
             error = caught
         failed, samples = self.world.sum(error is not None, sum(batch.samples for batch in window))
         if failed:
             if step > self.start:
-                self.checkpoints.save(step)
+                self.checkpoints.save(step, self.place)
             self.world.end(error)
+        self.place = window[-1].place
         for words in (words for batch in window for words in batch.skipped):
             print(f"left out: {words}", file=sys.stderr)
         return window, int(samples)

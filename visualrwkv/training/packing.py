@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 def pack(order: Sequence[int], lengths: Sequence[int], budget: int, look_ahead: int = 1) -> list[tuple[int, ...]]:
@@ -27,7 +28,7 @@ def pack(order: Sequence[int], lengths: Sequence[int], budget: int, look_ahead: 
             batch.append(index)
             room -= lengths[index]
         return [*batches, tuple(batch)] if batch else batches
-    window: list[tuple[int, int]] = []  # (length, −place in the order), rising: of equal ones the oldest is last
+    window: list[tuple[int, ...]] = []  # (length, −place in the order), rising: of equal ones the oldest is last
     came, oldest, count = 0, 0, len(order)
     taken = bytearray(count)
     while came < count or window:
@@ -36,16 +37,21 @@ def pack(order: Sequence[int], lengths: Sequence[int], budget: int, look_ahead: 
             came += 1
         while taken[oldest]:
             oldest += 1
-        chosen = bisect.bisect_left(window, (lengths[order[oldest]], -oldest))
-        room, places = budget, []
-        while chosen >= 0:
-            length, place = window.pop(chosen)
-            taken[-place] = True
-            places.append(-place)
-            room -= length
-            chosen = bisect.bisect_right(window, (room, 0)) - 1
+        places = [-place for _, place in take(window, (lengths[order[oldest]], -oldest), budget)]
+        for place in places:
+            taken[place] = True
         batches.append(tuple(order[place] for place in places))
     return batches
+
+
+def take(window: list[tuple[int, ...]], first: tuple[int, ...], budget: int) -> list[tuple[int, ...]]:
+    """Take `first` out of the window and the longest that still fit, until none does; items begin with a length and rise."""
+    chosen, room, taken = bisect.bisect_left(window, first), budget, []
+    while chosen >= 0:
+        taken.append(window.pop(chosen))
+        room -= taken[-1][0]
+        chosen = bisect.bisect_left(window, (room + 1, -math.inf)) - 1
+    return taken
 
 
 def plan_epoch(
@@ -61,7 +67,7 @@ def plan_epoch(
 class Share:
     """A rank's part of one optimiser step: its batches, and how many samples the step has over all ranks."""
 
-    batches: tuple[tuple[int, ...], ...]
+    batches: tuple[Any, ...]  # of indices, as tuples; of a stream, as `stream.Rows`
     samples: int
 
 
@@ -96,8 +102,11 @@ class Plan:
         """Optimiser steps for so many epochs."""
         return max(1, math.ceil(len(self.epoch(0)) * epochs / (self.world * self.accumulate)))
 
-    def shares(self, rank: int, start: int, stop: int) -> Iterator[Share]:
-        """This rank's shares of the steps start … stop − 1; epochs follow one another without a gap."""
+    def shares(self, rank: int, start: int, stop: int, place: Any = None) -> Iterator[Share]:
+        """This rank's shares of the steps start … stop − 1; epochs follow one another without a gap.
+
+        place: only a stream needs more than the number of a step to go on from.
+        """
         size = self.world * self.accumulate
         skip, waiting, step = start * size, [], start
         epoch = 0

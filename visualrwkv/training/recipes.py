@@ -46,6 +46,7 @@ class Recipe:
     image_position: Position = "middle"  # mixed: first in half of the records, middle in the others
     frames: int = 8  # of a video
     bad: Policy = "error"  # what to do about a record that fails: stop, or leave it out and count it
+    streaming: bool = False  # read a Hugging Face data set as it comes, fetching only what is read; needs steps
     bf16: bool = False  # matrix products in bf16, everything else in fp32
     weights_bf16: bool = False  # the model itself in bf16; DeepSpeed keeps fp32 weights for the optimizer
     zero: int = 0  # DeepSpeed ZeRO stage, 0 to 3
@@ -86,6 +87,8 @@ class Recipe:
             )
         if self.steps == 0 and self.epochs <= 0:
             raise ValueError(f"epochs is {self.epochs} and steps 0; one of them must be above 0")
+        if self.streaming and not self.steps:
+            raise ValueError("streaming needs steps: nobody knows how many tokens a stream holds; give --steps as well")
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero is {self.zero}; allowed are 0, 1, 2, 3")
         if self.offload != "none" and self.zero < (3 if self.offload == "all" else 1):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from visualrwkv.text.prompt import IMAGE_TAG, Turn
-from visualrwkv.training.sources import Source
+from visualrwkv.training.sources import Readable
 from visualrwkv.training.tables import Cell
 
 VIDEO_TAG = "<video>"
@@ -24,7 +24,7 @@ class Record:
     pictures: tuple[Stored, ...]
 
 
-def read_record(source: Source, index: int, frames: int = 8) -> Record:
+def read_record(source: Readable, index: int, frames: int = 8) -> Record:
     """A record's turns and pictures, checked; ValueError names the record and what is wrong.
 
     Turns stand under "conversations" (LLaVA), "messages" (chat) or "texts" (pairs of user and assistant). Without any tag
@@ -56,7 +56,7 @@ def read_record(source: Source, index: int, frames: int = 8) -> Record:
     return Record(tuple(turns), pictures)
 
 
-def _conversations(turns: Any, source: Source, index: int) -> list[Turn]:
+def _conversations(turns: Any, source: Readable, index: int) -> list[Turn]:
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{source.name(index)} has no conversations")
     for turn in turns:
@@ -65,7 +65,7 @@ def _conversations(turns: Any, source: Source, index: int) -> list[Turn]:
     return turns
 
 
-def _chat(raw: dict[str, Any], source: Source, index: int) -> list[Turn]:
+def _chat(raw: dict[str, Any], source: Readable, index: int) -> list[Turn]:
     """Turns of {"role", "content"} messages, where a content may be a list of parts, or of {"user", "assistant"} pairs."""
     turns: list[Turn] = []
     system = ""
@@ -93,7 +93,7 @@ def _chat(raw: dict[str, Any], source: Source, index: int) -> list[Turn]:
     return turns
 
 
-def _frames(folder: Path, most: int, source: Source, index: int) -> list[Stored]:
+def _frames(folder: Path, most: int, source: Readable, index: int) -> list[Stored]:
     found = sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURE_FILES)
     if not found:
         raise ValueError(f"{source.name(index)}: {folder} is a directory without pictures; a video is one of frames")

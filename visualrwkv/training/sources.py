@@ -16,12 +16,10 @@ from visualrwkv.training.places import SMALL, record_bounds
 from visualrwkv.training.tables import TableRecords
 
 
-class Source(Protocol):
-    """Records by index."""
+class Readable(Protocol):
+    """Records by index, as far as they are at hand."""
 
     path: Path
-
-    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any:
         """The record as it is stored; ValueError where that is not readable."""
@@ -32,11 +30,17 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """How to point a person at the record."""
 
-    def order(self, epoch: int) -> list[int]:
-        """The records of an epoch, unshuffled."""
-
     def mark(self) -> list[Any]:
         """What changes when the records do."""
+
+
+class Source(Readable, Protocol):
+    """Records that are all at hand."""
+
+    def __len__(self) -> int: ...
+
+    def order(self, epoch: int) -> list[int]:
+        """The records of an epoch, unshuffled."""
 
 
 class JsonRecords:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+TEXTS = ("id", "conversations", "messages", "texts")
+SHOWN = ("image", "images", "video")
 
 
 class TableRecords:
@@ -15,12 +19,9 @@ class TableRecords:
         self.path, self.folder = path, images
         self.table = _open_table(path)
         columns = self.table.column_names
-        self.texts = [c for c in columns if c in ("id", "conversations", "messages", "texts")]
-        self.shown = [c for c in columns if c in ("image", "images", "video")]
-        if not set(self.texts) - {"id"}:
-            raise ValueError(
-                f"{path} has the columns {', '.join(columns)}; one of them must be conversations, messages or texts"
-            )
+        check_columns(path, columns)
+        self.texts = [c for c in columns if c in TEXTS]
+        self.shown = [c for c in columns if c in SHOWN]
         self._text = self.table.select_columns(self.texts)
         self._arrow = self.table.with_format("arrow")
 
@@ -43,14 +44,10 @@ class TableRecords:
     def picture(self, row: int, column: str, place: int | None) -> bytes | Path:
         """A picture's bytes, or its path where the table holds only that."""
         value = self._arrow[row][column][0]
-        value = (value if place is None else value[place]).as_py()
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, str):
-            return self.folder / value
-        if not isinstance(value, bytes):
+        stored = stored_picture((value if place is None else value[place]).as_py(), self.folder)
+        if stored is None:
             raise ValueError(f"{self.name(row)} has no picture in column {column}")
-        return value
+        return stored
 
     def images(self, index: int) -> Path:
         return self.folder
@@ -65,39 +62,79 @@ class TableRecords:
         return [str(self.path), str(self.folder), len(self), self.table._fingerprint]
 
 
+def check_columns(path: Path, columns: Sequence[str]) -> None:
+    """ValueError where no column holds what was said."""
+    if not set(columns) & set(TEXTS) - {"id"}:
+        raise ValueError(
+            f"{path} has the columns {', '.join(columns)}; one of them must be conversations, messages or texts"
+        )
+
+
+def stored_picture(value: Any, folder: Path) -> bytes | Path | None:
+    """What a cell says of a picture: its bytes, a path relative to the folder, or nothing."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        return folder / value
+    return value if isinstance(value, bytes) else None
+
+
 def _open_table(path: Path) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
     if not path.exists():
-        try:
-            return datasets.load_dataset(str(path), split="train")
-        except Exception as error:  # a network, a Hub and a library's readers: anything
-            words = " ".join(str(error).split())[:160]
-            raise FileNotFoundError(
-                f"{path}: there is no such data file or directory here, and the Hub gave no data set ({words})"
-            ) from error
-    if (path / "dataset_dict.json").exists():
-        table = datasets.load_from_disk(str(path))
-        if "train" not in table:
-            raise ValueError(f"{path} has the splits {', '.join(table)}; give the directory of one of them")
-        return table["train"]
-    if (path / "state.json").exists():
-        return datasets.load_from_disk(str(path))
+        return from_hub(path, lambda: datasets.load_dataset(str(path), split="train"))
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return datasets.load_from_disk(str(train_split(path)))
+    kind, files = table_files(path)
+    return datasets.load_dataset(kind, data_files=files, split="train")
+
+
+def from_hub(path: Path, get: Callable[[], Any]) -> Any:
+    """What `get` gets from the Hub; FileNotFoundError where that fails."""
+    try:
+        return get()
+    except Exception as error:  # a network, a Hub and a library's readers: anything
+        words = " ".join(str(error).split())[:160]
+        raise FileNotFoundError(
+            f"{path}: there is no such data file or directory here, and the Hub gave no data set ({words})"
+        ) from error
+
+
+def train_split(path: Path) -> Path:
+    """Where `save_to_disk` wrote the split to train on, if it wrote several."""
+    if not (path / "dataset_dict.json").exists():
+        return path
+    if not (path / "train").is_dir():
+        splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+        raise ValueError(f"{path} has the splits {splits}; give the directory of one of them")
+    return path / "train"
+
+
+def table_files(path: Path) -> tuple[str, list[str]]:
+    """The kind, parquet or arrow, and the files of a data set on disk."""
     files = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.arrow")) if path.is_dir() else [path]
     if not files:
         raise ValueError(
             f"{path} is no data set: it holds no parquet or arrow file and is not what save_to_disk writes"
         )
-    kind = files[0].suffix[1:]
-    return datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train")
+    return files[0].suffix[1:], [str(file) for file in files]
+
+
+class Pictures(Protocol):
+    """What holds pictures in cells."""
+
+    path: Path
+
+    def picture(self, row: int, column: str, place: int | None) -> bytes | Path: ...
 
 
 @dataclass(frozen=True)
 class Cell:
     """A picture that lies in a table of Hugging Face `datasets`, read when it is needed."""
 
-    table: TableRecords
+    table: Pictures
     row: int
     column: str
     place: int | None  # in a list of pictures

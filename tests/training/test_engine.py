@@ -1,6 +1,8 @@
 """DeepSpeed's settings come from the recipe, and a user's own override them one by one."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,3 +115,24 @@ def test_a_rank_that_is_lost_is_one_sentence():
         raise RuntimeError("gloo/pair.cc:538] Read error [127.0.0.1]:40850: Connection reset by peer")
     with pytest.raises(RuntimeError, match="shapes"), other_ranks(3):
         raise RuntimeError("shapes differ")
+
+
+@pytest.mark.xdist_group("training")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is compiled for ranks on a GPU")
+def test_a_killed_compilation_holds_nobody_up():
+    """torch waits for its lock for ever, and whoever was killed leaves it."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    told = (
+        "from visualrwkv.training import engine\n"
+        "from torch.utils import cpp_extension\n"
+        "from pathlib import Path\n"
+        "engine.join_world()\n"
+        "left = Path(cpp_extension._get_build_directory('deepspeed_shm_comm', verbose=False), 'lock')\n"
+        "left.touch()\n"
+        "from deepspeed.ops.op_builder.builder import OpBuilder\n"
+        "OpBuilder._loaded_ops.clear()\n"
+        "engine.compile_once()\n"
+        "assert not left.exists()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr

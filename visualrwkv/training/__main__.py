@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,4 +92,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        run(main)
+    except SystemExit as stop:
+        if "pyarrow" not in sys.modules:
+            raise
+        sys.stdout.flush()  # its threads, if one still reads ahead, would abort an ending interpreter: apache/arrow#45214
+        sys.stderr.flush()
+        os._exit(stop.code if isinstance(stop.code, int) else int(stop.code is not None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import logging
 import os
@@ -84,11 +85,32 @@ def join_world() -> None:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if not torch.cuda.is_available():
+            compile_once()
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     dist.barrier()
     # Now that all ranks have opened one another's shared memory its names can go: DeepSpeed would leave 69 MB a rank behind.
     mine = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
     Path("/dev/shm", mine).unlink(missing_ok=True)
+
+
+def compile_once() -> None:
+    """Compile what DeepSpeed's ranks on one CPU tell one another by, where it is not yet, one process at a time.
+
+    torch marks a compilation by a file, for which all others wait, for ever if its process was killed. The lock here ends
+    with its process: whoever holds it knows that nobody compiles, and that such a file is a dead one's.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with open(folder / ".compiling", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def leave_world(status: int) -> NoReturn:

@@ -164,6 +164,11 @@ class ChannelMix(nn.Module):
         return r * self.value(self.key_norm(relu_squared(k)))
 
 
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """In training, what a branch adds to each picture (B, P, D) left out at that rate, and 1 / (1 − rate) times else."""
+    return x * F.dropout(x.new_ones(len(x), 1, 1), rate) if training and rate else x
+
+
 class Block(nn.Module):
     """Spatial mix, then channel mix; the norm before them or, in the larger members of the family, after them."""
 
@@ -177,6 +182,7 @@ class Block(nn.Module):
         self.att = (SpatialMix6 if config.kind == "vrwkv6" else SpatialMix)(config, layer)
         self.ffn = ChannelMix(config, layer)
         self.layer, self.post_norm = layer, config.post_norm
+        self.drop_path = config.drop_path * layer / max(config.depth - 1, 1)
         self.gamma1: nn.Parameter | float = 1.0
         self.gamma2: nn.Parameter | float = 1.0
         if config.layer_scale:
@@ -188,11 +194,12 @@ class Block(nn.Module):
         """(B, P, D) -> (B, P, D)."""
         if self.layer == 0:
             x = self.ln0(x)
+        drop = self.drop_path, self.training
         if self.post_norm:
-            x = x + self.gamma1 * self.ln1(self.att(x, grid))
-            return x + self.gamma2 * self.ln2(self.ffn(x, grid))
-        x = x + self.gamma1 * self.att(self.ln1(x), grid)
-        return x + self.gamma2 * self.ffn(self.ln2(x), grid)
+            x = x + drop_path(self.gamma1 * self.ln1(self.att(x, grid)), *drop)
+            return x + drop_path(self.gamma2 * self.ln2(self.ffn(x, grid)), *drop)
+        x = x + drop_path(self.gamma1 * self.att(self.ln1(x), grid), *drop)
+        return x + drop_path(self.gamma2 * self.ffn(self.ln2(x), grid), *drop)
 
 
 class PatchEmbed(nn.Module):

@@ -8,7 +8,9 @@ B pictures, P = h·w patches in row-major order, D width, H heads, N head size.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -278,6 +280,11 @@ class VRWKV(nn.Module):
             x = layer(x, grid)
         return self.ln1(x)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong to which layer, as timm's layer-wise learning rates ask."""
+        layers = [(r"^layers\.(\d+)", None), (r"^ln1", (99999,))]  # timm's way of saying: the last
+        return {"stem": r"^pos_embed|^patch_embed|^layers\.0\.ln0", "blocks": layers}
+
     def forward_head(self, features: Tensor) -> Tensor:
         """Patches (B, P, D), as `forward` gives them -> logits (B, classes)."""
         if self.head is None:
@@ -286,13 +293,18 @@ class VRWKV(nn.Module):
 
 
 def vrwkv(name: str, weights: str | Path | None = None) -> VRWKV:
-    """An encoder of a preset size, freshly initialised or with the weights of an official classification checkpoint.
+    """An encoder of a preset size, freshly initialised or with the weights of an official classification checkpoint or of a
+    directory that training left; it has as many classes as they.
 
     ValueError names the sizes there are, or what in the file does not fit.
     """
-    net = VRWKV(preset(VISION_PRESETS, name, "vision preset"))
-    if weights is not None:
-        fill(net, official_names(read_tensors(weights)), weights)
+    config = preset(VISION_PRESETS, name, "vision preset")
+    if weights is None:
+        return VRWKV(config)
+    given = official_names(read_tensors(weights))
+    last = given.get("head.2.weight" if config.head_width else "head.fc.weight")
+    net = VRWKV(config if last is None else replace(config, classes=len(last)))
+    fill(net, given, weights)
     return net
 
 

@@ -79,7 +79,7 @@ NANO = ClassifyRecipe(epochs=60, batch=64, together=64, lr=1e-3, warmup=5, mixup
 
 CLASSIFY_RECIPES: dict[str, ClassifyRecipe] = {
     "nano": NANO,
-    "digits": replace(NANO, epochs=30, warmup=3, flip=0.0, scale=(0.6, 1.0), image_size=32),
+    "digits": replace(NANO, epochs=20, warmup=2, flip=0.0, scale=(0.6, 1.0), image_size=32),
     "t": ClassifyRecipe(mixup=0, cutmix=0),
     "s": ClassifyRecipe(drop_path=VISION_PRESETS["vrwkv_s"].drop_path),
     "b": ClassifyRecipe(drop_path=VISION_PRESETS["vrwkv_b"].drop_path),

@@ -73,7 +73,12 @@ def door(monkeypatch, capsys):
 
     def call(data: Path, out: Path, *words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["classify", "--data", str(data), "--out", str(out), *FEW, *words])
-        classify.main()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            classify.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return capsys.readouterr().out.strip()
 
     return call
@@ -296,9 +301,10 @@ def table():
     return make
 
 
-def test_a_data_set_is_read_with_its_classes(table, tmp_path, door):
+def test_a_data_set_is_read_with_its_classes(table, tmp_path, door, monkeypatch):
     import datasets
 
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     whole = datasets.DatasetDict({"test": table([2, 1, 0]), "train": table([0, 1, 2] * 4)})
     whole.save_to_disk(tmp_path / "set")
     found = open_pictures(tmp_path / "set")
@@ -306,6 +312,12 @@ def test_a_data_set_is_read_with_its_classes(table, tmp_path, door):
     assert found.train.source.open(1).size == (20, 20)
     door(tmp_path / "set", tmp_path / "run", "--epochs", "2", "--batch", "6")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["checked"] == 3
+
+    (tmp_path / "files" / "data").mkdir(parents=True)
+    table([0, 2] * 3).to_parquet(tmp_path / "files" / "data" / "train-00000-of-00001.parquet")
+    for place in (tmp_path / "files", tmp_path / "files" / "data" / "train-00000-of-00001.parquet"):
+        found = open_pictures(place)
+        assert (found.classes, np.bincount(found.train.labels).tolist()) == (["bars", "rings"], [2, 2])
 
     table([0, 1, 2] * 3, column="kind", named=False, broken=4).save_to_disk(tmp_path / "other")
     with pytest.raises(
@@ -389,6 +401,14 @@ def test_a_model_without_a_preset_asks_for_one(shapes, tmp_path, monkeypatch):
         ValueError, match="no preset is meant for resnet18; give --preset, one of nano, digits, t, s, b"
     ):
         classify.main()
+
+
+def test_help_lists_options_and_recipe(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["classify", "--help"])
+    classify.main()
+    said = capsys.readouterr().out
+    assert "--label-column" in said
+    assert "--randaugment" in said
 
 
 # The script ----------------------------------------------------------------------------------------------------------

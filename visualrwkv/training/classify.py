@@ -8,6 +8,7 @@ B pictures, K classes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -316,10 +317,12 @@ def train(options: Options, recipe: ClassifyRecipe) -> int:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        arguments = ["--help"]
-    options, rest = parse(Options, arguments, return_unknown_args=True)
+    if {"--help", "-h"} & set(sys.argv):
+        for part in (Options, ClassifyRecipe):
+            with contextlib.suppress(SystemExit):
+                parse(part, ["--help"])
+        return
+    options, rest = parse(Options, sys.argv[1:], return_unknown_args=True)
     name = options.preset or OF_MODEL.get(options.model, "")
     if not name:
         raise ValueError(f"no preset is meant for {options.model}; give --preset, one of {', '.join(CLASSIFY_RECIPES)}")

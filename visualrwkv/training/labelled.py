@@ -21,6 +21,7 @@ TRAIN, CHECK = "train", ("val", "valid", "validation", "test")
 """Names of the parts: as directories, and as the splits of a data set; of several to check with the first there is."""
 SHOWN, LABELS = ("image", "img", "picture"), ("label", "labels", "class", "fine_label")
 """Names of columns that a data set is searched for, in this order."""
+KINDS = (".parquet", ".arrow")
 
 Labels = npt.NDArray[np.int64]
 
@@ -172,10 +173,10 @@ class Table:
         values = table.select_columns([labels])[:][labels]
         if missing := [i for i, value in enumerate(values) if value is None or value == -1]:
             raise ValueError(f"{self.name(missing[0])} has no label in column {labels}")
+        there = sorted(set(values))  # of the names that a data set has for its labels, those that occur
         names = getattr(table.features[labels], "names", None)
-        self.classes = list(names) if names else [str(value) for value in sorted(set(values))]
-        place = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array(values if names else [place[str(value)] for value in values], np.int64)
+        self.classes = [names[value] if names else str(value) for value in there]
+        self.labels = np.searchsorted(there, values).astype(np.int64)
 
     def open(self, index: int) -> Image.Image:
         value = self.table[index][self.column]
@@ -205,7 +206,7 @@ def _is_table(path: Path) -> bool:
     """Whether a directory holds a data set rather than pictures."""
     if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return True
-    return any(p.suffix in (".parquet", ".arrow") for p in (*path.glob("*"), *path.glob("data/*")))
+    return any(next(path.glob(place + kind), None) for kind in KINDS for place in ("*", "*/*"))
 
 
 def _tables(path: Path, columns: tuple[str, str]) -> dict[str, Labelled]:
@@ -217,6 +218,8 @@ def _tables(path: Path, columns: tuple[str, str]) -> dict[str, Labelled]:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             found = datasets.load_from_disk(str(path))
+        elif path.is_file() and path.suffix in KINDS:
+            found = datasets.load_dataset(path.suffix[1:], data_files=str(path))
         else:
             found = datasets.load_dataset(str(path))
     except Exception as error:  # a network, a Hub and a library's readers: anything

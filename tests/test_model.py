@@ -1,5 +1,7 @@
 """The one network: reading in parallel, step by step, packed and in batches all say the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -168,6 +170,19 @@ def test_placeholders_and_pictures_must_agree(tiny_model, pixels, seats, count):
     ids = torch.tensor([[5, *[65535] * seats, 6]])
     with pytest.raises(ValueError, match=f"{seats} image placeholders for {count} pictures of 16 image tokens"):
         model(ids, pixels(count) if count else None)
+
+
+def test_a_frozen_encoder_drops_nothing_while_the_rest_is_trained(tiny_model, pixels):
+    vision = replace(tiny_model().config.vision, drop_path=0.9)
+    model = tiny_model(vision=vision).requires_grad_(False)
+    wanted = model.encode(pixels(3))
+    model.train()
+    assert model.training
+    assert model.rwkv.training
+    assert torch.equal(model.encode(pixels(3)), wanted)
+    model.vit.requires_grad_(True)
+    torch.manual_seed(0)
+    assert not torch.allclose(model.train().encode(pixels(3)), wanted, atol=1e-3)
 
 
 def test_a_language_model_refuses_pictures(tiny_model, pixels):

@@ -9,7 +9,7 @@ classification files).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from visualrwkv.vision.vrwkv import official_names
 __all__ = [
     "CONFIG",
     "WEIGHTS",
+    "class_names",
     "compose",
     "convert",
     "describe",
@@ -245,9 +246,15 @@ def save_model(
     write_directory(Path(directory), {"model_type": MODEL_TYPE, **model.config.to_dict()}, weights)
 
 
-def save_vision(vit: Encoder, directory: str | Path) -> None:
-    """Write a vision encoder alone, for `compose`."""
-    write_directory(Path(directory), {"model_type": VISION_TYPE, "vision": asdict(vit.config)}, vit.state_dict())
+def save_vision(vit: Encoder, directory: str | Path, names: Sequence[str] = ()) -> None:
+    """Write a vision encoder alone, for `compose`; names: of the classes that its classifier tells apart."""
+    config = {"model_type": VISION_TYPE, "vision": asdict(vit.config)} | ({"class_names": [*names]} if names else {})
+    write_directory(Path(directory), config, vit.state_dict())
+
+
+def class_names(path: str | Path) -> list[str]:
+    """The names of the classes that an encoder's directory was saved with; none of one that has no names."""
+    return read_json(Path(path) / CONFIG).get("class_names", []) if Path(path).is_dir() else []
 
 
 def convert(

@@ -89,9 +89,12 @@ class VRWKVConfig:
     classes: int = 0  # of a classifier; 0: none
     head_width: int = 0  # hidden width of the classifier; 0: it is one layer
     crop: float = 0.0  # share of the shorter side that is kept of a picture, in its middle; 0: all of it, squashed
+    drop_path: float = 0.0  # in training, the last layer's rate of leaving a picture out; linear from 0 at the first
 
     def __post_init__(self) -> None:
         choose("vision kind", self.kind, ("vrwkv", "vrwkv6"))
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and below 1")
         parts = 4 * (self.width // self.head_size if self.kind == "vrwkv6" else 1)
         if self.width % parts:
             raise ValueError(f"vision width is {self.width}; the four-way shift needs a multiple of {parts}")
@@ -304,8 +307,8 @@ _CLASSIFIER: dict[str, Any] = {"depth": 12, "classes": 1000, "crop": 0.875}
 VISION_PRESETS: dict[str, VRWKVConfig] = {
     "vrwkv_nano": VRWKVConfig(depth=4, width=128, patch_size=8, image_size=64, pos_grid=8),
     "vrwkv_t": VRWKVConfig(width=192, **_CLASSIFIER),
-    "vrwkv_s": VRWKVConfig(width=384, post_norm=True, layer_scale=1.0, **_CLASSIFIER),
-    "vrwkv_b": VRWKVConfig(width=768, post_norm=True, layer_scale=1e-5, **_CLASSIFIER),
+    "vrwkv_s": VRWKVConfig(width=384, post_norm=True, layer_scale=1.0, drop_path=0.3, **_CLASSIFIER),
+    "vrwkv_b": VRWKVConfig(width=768, post_norm=True, layer_scale=1e-5, drop_path=0.5, **_CLASSIFIER),
     "vrwkv_l": VRWKVConfig(
         *(24, 1024),
         image_size=384,
@@ -316,10 +319,11 @@ VISION_PRESETS: dict[str, VRWKVConfig] = {
         classes=1000,
         head_width=3072,
         crop=1.0,
+        drop_path=0.1,
     ),
     "vrwkv6_t": VRWKVConfig(width=192, kind="vrwkv6", **_CLASSIFIER),
-    "vrwkv6_s": VRWKVConfig(width=384, kind="vrwkv6", post_norm=True, layer_scale=1e-5, **_CLASSIFIER),
-    "vrwkv6_b": VRWKVConfig(width=768, kind="vrwkv6", post_norm=True, layer_scale=1e-5, **_CLASSIFIER),
+    "vrwkv6_s": VRWKVConfig(width=384, kind="vrwkv6", post_norm=True, layer_scale=1e-5, drop_path=0.3, **_CLASSIFIER),
+    "vrwkv6_b": VRWKVConfig(width=768, kind="vrwkv6", post_norm=True, layer_scale=1e-5, drop_path=0.5, **_CLASSIFIER),
 }
 
 

@@ -61,6 +61,13 @@ class VisualRWKV(nn.Module):
     def device(self) -> torch.device:
         return self.rwkv.emb.weight.device
 
+    def train(self, mode: bool = True) -> VisualRWKV:
+        """As any module's, but an encoder that does not learn goes on seeing as it always does: no drop path."""
+        super().train(mode)
+        if self.vit is not None and not any(p.requires_grad for p in self.vit.parameters()):
+            self.vit.eval()
+        return self
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Normalised pictures (I, 3, H, W) -> pooled features (I, M, D), before the projector."""
         assert self.vit is not None

@@ -1,5 +1,7 @@
 """Vision-RWKV against an independent numpy form, written from its equations, with every pair of patches in bi-WKV."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -296,6 +298,37 @@ def test_the_large_head_has_two_layers(randomise):
     ]
     with pytest.raises(ValueError, match="no classifier"):
         VRWKV(PRE).forward_head(features)
+
+
+# Drop path -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [PRE, POST], ids=["pre", "post"])
+def test_drop_path_leaves_out_whole_pictures_and_makes_up_for_it(make, base):
+    """Each block adds to a picture nothing, or 1 / (1 - rate) of what it would."""
+    config = replace(base, drop_path=0.6)
+    net = make(config).train()
+    assert [layer.drop_path for layer in net.layers] == pytest.approx([0, 0.3, 0.6])
+    last = net.layers[2]
+    x = torch.randn(400, 16, 16, generator=torch.Generator().manual_seed(3)).double()
+    last.ln2.weight.zero_(), last.ln2.bias.zero_()  # the second branch adds nothing
+    torch.manual_seed(0)
+    added = last(x, (4, 4)) - x
+    whole = last.eval()(x, (4, 4)) - x
+    out = (added == 0).all(2).all(1)
+    assert 0.5 < out.double().mean() < 0.7
+    torch.testing.assert_close(added[~out], whole[~out] / 0.4)
+
+
+def test_drop_path_is_for_training_alone(make):
+    images = pictures(32, 32)
+    wanted = make(PRE).eval()(images)
+    net = make(replace(PRE, drop_path=0.9))
+    assert torch.equal(net.eval()(images), wanted)
+    torch.manual_seed(0)
+    assert not torch.allclose(net.train()(images), wanted, atol=1e-3)
+    with pytest.raises(ValueError, match=r"drop_path is 1\.0; it must be at least 0 and below 1"):
+        replace(PRE, drop_path=1.0)
 
 
 def test_layer_scale_starts_at_its_value():

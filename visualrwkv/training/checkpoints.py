@@ -42,18 +42,24 @@ def claim(run: Run, recipe: Recipe, ranks: int) -> None:
         "ranks": ranks,
         **settings,
     }
-    file = run.out / "recipe.json"
+    hold(run.out, mine, json.loads(json.dumps(asdict(Recipe()))))
+
+
+def hold(out: Path, mine: dict[str, Any], usual: dict[str, Any]) -> None:
+    """Make the directory that of a run of these settings; ValueError if it is another's.
+
+    usual: settings as they were where an older run does not say.
+    """
+    file = out / "recipe.json"
     if file.exists():
-        theirs = json.loads(json.dumps(asdict(Recipe()))) | json.loads(file.read_text())
+        theirs = usual | json.loads(file.read_text())
         changed = [k for k in mine if theirs.get(k) != mine[k]]
         if changed:
             k = changed[0]
-            raise ValueError(
-                f"{run.out} holds a run with {k} {theirs.get(k)!r}, not {mine[k]!r}; set OUT to another place"
-            )
-    elif run.out.exists() and any(run.out.iterdir()):
-        raise ValueError(f"{run.out} exists and is no training run; set OUT to another place")
-    run.out.mkdir(parents=True, exist_ok=True)
+            raise ValueError(f"{out} holds a run with {k} {theirs.get(k)!r}, not {mine[k]!r}; set OUT to another place")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is no training run; set OUT to another place")
+    out.mkdir(parents=True, exist_ok=True)
     put(file, json.dumps(mine, indent=2) + "\n")
 
 

@@ -52,17 +52,23 @@ class Alarm:
         return None
 
 
+def rows_before(path: Path, start: int) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl up to the step that a run goes on from; the others are dropped from the file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith("}\n")]  # a kill may have cut the last
+    rows = [row for row in whole if row["step"] < start]
+    part = path.with_name(".metrics.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.replace(path)
+    return rows
+
+
 class Log:
     """metrics.jsonl, one line a step, and the same for TensorBoard; lines after the step that a run goes on from are dropped."""
 
     def __init__(self, out: Path, start: int):
         self.path, self.out, self.smooth = out / "metrics.jsonl", out, 0.0
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        whole = [json.loads(line) for line in lines if line.endswith("}\n")]  # a kill may have cut the last
-        self.rows = [row for row in whole if row["step"] < start]
-        part = self.path.with_name(".metrics.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        part.replace(self.path)
+        self.rows = rows_before(self.path, start)
         self.recent: list[tuple[int, float]] = []
         self.board = self._board(start)
 

@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from visualrwkv.vision.processor import open_picture
+
 
 def contact_sheet(rows: Sequence[Mapping[str, Any]], out: Path, columns: int, title: str = "") -> None:
-    """Draw rows of image, prompt, text and answer: right answers green, wrong ones red with what was right."""
+    """Draw rows of image, prompt, text and answer: right answers green, wrong ones red with what was right.
+
+    An image is a path or an open picture; a row may say itself whether it is `good`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from PIL import Image
 
     count = -(-len(rows) // columns)
     figure, axes = plt.subplots(count, columns, figsize=(columns * 1.9, count * 2.6), squeeze=False)
@@ -22,9 +26,8 @@ def contact_sheet(rows: Sequence[Mapping[str, Any]], out: Path, columns: int, ti
         place.set_axis_off()
     for place, row in zip(axes.flat, rows):
         given, right = row["text"], row["answer"]
-        good = given.strip().lower() == right.lower()
-        with Image.open(row["image"]) as picture:
-            place.imshow(picture)
+        good = row.get("good", given.strip().lower() == right.lower())
+        place.imshow(open_picture(row["image"]))
         place.set_title("\n".join(textwrap.wrap(row["prompt"], 26)[:6]), fontsize=7, loc="left")
         said = f"✓ {given}" if good else f"✗ {given} (right: {right})"
         place.text(

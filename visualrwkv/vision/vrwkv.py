@@ -8,7 +8,9 @@ B pictures, P = h·w patches in row-major order, D width, H heads, N head size.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +166,11 @@ class ChannelMix(nn.Module):
         return r * self.value(self.key_norm(relu_squared(k)))
 
 
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """In training, what a branch adds to each picture (B, P, D) left out at that rate, and 1 / (1 − rate) times else."""
+    return x * F.dropout(x.new_ones(len(x), 1, 1), rate) if training and rate else x
+
+
 class Block(nn.Module):
     """Spatial mix, then channel mix; the norm before them or, in the larger members of the family, after them."""
 
@@ -177,6 +184,7 @@ class Block(nn.Module):
         self.att = (SpatialMix6 if config.kind == "vrwkv6" else SpatialMix)(config, layer)
         self.ffn = ChannelMix(config, layer)
         self.layer, self.post_norm = layer, config.post_norm
+        self.drop_path = config.drop_path * layer / max(config.depth - 1, 1)
         self.gamma1: nn.Parameter | float = 1.0
         self.gamma2: nn.Parameter | float = 1.0
         if config.layer_scale:
@@ -188,11 +196,12 @@ class Block(nn.Module):
         """(B, P, D) -> (B, P, D)."""
         if self.layer == 0:
             x = self.ln0(x)
+        drop = self.drop_path, self.training
         if self.post_norm:
-            x = x + self.gamma1 * self.ln1(self.att(x, grid))
-            return x + self.gamma2 * self.ln2(self.ffn(x, grid))
-        x = x + self.gamma1 * self.att(self.ln1(x), grid)
-        return x + self.gamma2 * self.ffn(self.ln2(x), grid)
+            x = x + drop_path(self.gamma1 * self.ln1(self.att(x, grid)), *drop)
+            return x + drop_path(self.gamma2 * self.ln2(self.ffn(x, grid)), *drop)
+        x = x + drop_path(self.gamma1 * self.att(self.ln1(x), grid), *drop)
+        return x + drop_path(self.gamma2 * self.ffn(self.ln2(x), grid), *drop)
 
 
 class PatchEmbed(nn.Module):
@@ -271,6 +280,11 @@ class VRWKV(nn.Module):
             x = layer(x, grid)
         return self.ln1(x)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong to which layer, as timm's layer-wise learning rates ask."""
+        layers = [(r"^layers\.(\d+)", None), (r"^ln1", (99999,))]  # timm's way of saying: the last
+        return {"stem": r"^pos_embed|^patch_embed|^layers\.0\.ln0", "blocks": layers}
+
     def forward_head(self, features: Tensor) -> Tensor:
         """Patches (B, P, D), as `forward` gives them -> logits (B, classes)."""
         if self.head is None:
@@ -279,13 +293,18 @@ class VRWKV(nn.Module):
 
 
 def vrwkv(name: str, weights: str | Path | None = None) -> VRWKV:
-    """An encoder of a preset size, freshly initialised or with the weights of an official classification checkpoint.
+    """An encoder of a preset size, freshly initialised or with the weights of an official classification checkpoint or of a
+    directory that training left; it has as many classes as they.
 
     ValueError names the sizes there are, or what in the file does not fit.
     """
-    net = VRWKV(preset(VISION_PRESETS, name, "vision preset"))
-    if weights is not None:
-        fill(net, official_names(read_tensors(weights)), weights)
+    config = preset(VISION_PRESETS, name, "vision preset")
+    if weights is None:
+        return VRWKV(config)
+    given = official_names(read_tensors(weights))
+    last = given.get("head.2.weight" if config.head_width else "head.fc.weight")
+    net = VRWKV(config if last is None else replace(config, classes=len(last)))
+    fill(net, given, weights)
     return net
 
 

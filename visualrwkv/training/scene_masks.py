@@ -28,7 +28,7 @@ FORMAT = 1  # raise it when the same seed gives other data
 CATEGORIES = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, 1)]
 
 
-def write(out: Path, seed: int = 0, train: int = 4000, test: int = 500, size: int = 64) -> None:
+def write(out: Path, seed: int = 0, train: int = 6000, test: int = 500, size: int = 64) -> None:
     """Writes the data set to `out`, or does nothing if it is there already with the same parameters.
 
     Args:

@@ -1,4 +1,4 @@
-"""Vision-RWKV as a backbone: the quickstart's encoder under Mask R-CNN and UperNet, on drawn scenes (some ten minutes each).
+"""Vision-RWKV as a backbone: the quickstart's encoder under Mask R-CNN and UperNet, on drawn scenes (some five minutes each).
 
     OMP_NUM_THREADS=1 python benchmarks/dense.py
 

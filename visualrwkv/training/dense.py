@@ -33,6 +33,7 @@ from visualrwkv.vision.vrwkv import VRWKV, vrwkv
 
 Task = Literal["detect", "segment"]
 Sample = tuple[Tensor, Target]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORED = 255
 """The class of pixels that no loss asks for: those beside a picture smaller than others of its batch."""
 
@@ -41,7 +42,7 @@ IGNORED = 255
 class DenseRecipe:
     """How dense prediction is trained; the defaults suit the drawn scenes and one core."""
 
-    steps: int = 1200
+    steps: int = 700
     batch: int = 8
     lr: float = 1e-3  # of all that is fresh
     encoder_lr: float = 3e-4
@@ -61,19 +62,20 @@ class Detector:
     """Mask R-CNN as it is trained and measured here."""
 
     def __init__(self, encoder: VRWKV, names: Sequence[str], recipe: DenseRecipe):
-        self.net = mask_rcnn(encoder, len(names), recipe.channels, recipe.size)
+        self.net = mask_rcnn(encoder, len(names), recipe.channels, recipe.size).to(DEVICE)
         self.encoder, self.names = encoder, names
 
     def loss(self, samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
         """The loss over a batch, and its parts."""
-        targets = [{"boxes": t.boxes, "labels": t.labels, "masks": t.masks.byte()} for _, t in samples]
-        parts = self.net([picture.float() / 255 for picture, _ in samples], targets)
+        wanted = ({"boxes": t.boxes, "labels": t.labels, "masks": t.masks.byte()} for _, t in samples)
+        targets = [{name: x.to(DEVICE) for name, x in one.items()} for one in wanted]
+        parts = self.net([picture.to(DEVICE).float() / 255 for picture, _ in samples], targets)
         return sum(parts.values()), {k.removeprefix("loss_"): float(v.detach()) for k, v in parts.items()}
 
     def predict(self, pictures: list[Tensor]) -> list[dict[str, Tensor]]:
         """Boxes, labels, scores and masks (n, H, W) bool of each picture (3, H, W) uint8."""
-        found = self.net([picture.float() / 255 for picture in pictures])
-        return [one | {"masks": one["masks"][:, 0] >= 0.5} for one in found]
+        found = self.net([picture.to(DEVICE).float() / 255 for picture in pictures])
+        return [{k: v.cpu() for k, v in one.items()} | {"masks": (one["masks"][:, 0] >= 0.5).cpu()} for one in found]
 
     def figures(self, pictures: LabelledPictures, batch: int) -> dict[str, Any]:
         """Average precision of boxes and masks over all pictures."""
@@ -92,12 +94,14 @@ class Segmenter:
     def __init__(self, encoder: VRWKV, names: Sequence[str], recipe: DenseRecipe):
         self.config: VRWKVConfig = encoder.config
         self.net, features = upernet(encoder, names, recipe.channels)
+        self.net.to(DEVICE)
         self.encoder, self.names, self.size = features.encoder, names, recipe.size
 
     def batch(self, pictures: list[Tensor]) -> Tensor:
         """Pictures (3, H, W) uint8 scaled, normalised and, where they differ, filled up on the right and below -> (B, 3, …)."""
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.config.mean, self.config.std))
-        return filled([(self.scaled(picture.float() / 255, "bilinear") - mean) / std for picture in pictures], 0.0)
+        scaled = (self.scaled(picture.float() / 255, "bilinear") for picture in pictures)
+        return filled([(picture - mean) / std for picture in scaled], 0.0).to(DEVICE)
 
     def scaled(self, x: Tensor, mode: str) -> Tensor:
         """A picture (C, H, W) with its shorter side at the size that the net is trained at."""
@@ -110,14 +114,14 @@ class Segmenter:
     def loss(self, samples: list[Sample]) -> tuple[Tensor, dict[str, float]]:
         """The loss over a batch, and the share of pixels named rightly."""
         wanted = [self.scaled(truth.classes()[None].float(), "nearest").long() for _, truth in samples]
-        labels = filled(wanted, IGNORED)[:, 0]
+        labels = filled(wanted, IGNORED)[:, 0].to(DEVICE)
         out = self.net(self.batch([picture for picture, _ in samples]), labels=labels)
         asked = labels != IGNORED
         return out.loss, {"pixels": float((out.logits.argmax(1) == labels)[asked].float().mean())}
 
     def predict(self, pictures: list[Tensor]) -> list[Tensor]:
         """The class of each pixel (H, W) of each picture (3, H, W) uint8."""
-        logits = self.net(self.batch(pictures)).logits
+        logits = self.net(self.batch(pictures)).logits.cpu()
         found = []
         for picture, each in zip(pictures, logits):
             h, w = self.scaled(picture.float(), "nearest").shape[-2:]
@@ -215,7 +219,7 @@ def train_dense(task: Task, vision: str, data: Path, out: Path, recipe: DenseRec
     made.net.eval()
     with torch.no_grad():
         found = made.predict([picture for picture, _ in shown])
-    weights = {k: v.detach().contiguous() for k, v in made.net.state_dict().items()}
+    weights = {k: v.detach().cpu().contiguous() for k, v in made.net.state_dict().items()}
     writers: dict[Path, Callable[[Path], object]] = {
         out / "model.safetensors": lambda part: save_file(weights, part, metadata={"format": "pt"}),
         out / "result.json": lambda part: part.write_text(json.dumps(result, indent=2) + "\n"),

@@ -134,7 +134,6 @@ def test_pictures_of_any_size_come_back_at_their_own(task):
 
 
 def test_who_finds_all_that_is_there_has_full_marks(data):
-    """And who takes every second kind for the next has what is left of them."""
     pictures = LabelledPictures(data / "train.json")
     truths = iter([pictures[n][1] for n in range(len(pictures))] * 2)
 
@@ -158,6 +157,11 @@ def test_who_finds_all_that_is_there_has_full_marks(data):
     figures = Segmenter.figures(Told(), pictures, 3)
     assert (figures["mIoU"], figures["pixels"]) == (1.0, 1.0)
     assert list(figures["IoU"]) == ["background", *pictures.names]
+
+    Told.names = [*pictures.names, "moon"]  # which is nowhere
+    truths = iter([pictures[n][1] for n in range(len(pictures))])
+    figures = Segmenter.figures(Told(), pictures, 3)
+    assert (figures["mIoU"], figures["IoU"]["moon"]) == (1.0, None)
 
 
 def test_what_lies_beside_a_smaller_picture_is_not_asked():
@@ -195,6 +199,9 @@ def test_bad_data_is_said_in_one_sentence(data, tmp_path, monkeypatch, capsys):
     test["categories"][0]["name"] = "moon"
     (tmp_path / "test.json").write_text(write(test))
     assert "test.json ['moon'" in refused()
+    test["annotations"], test["categories"] = [], train["categories"]
+    (tmp_path / "test.json").write_text(write(test))
+    assert refused().endswith("test.json: nothing is marked in any picture")
     assert "nowhere: there is no such model" in refused(data=data, vision="nowhere")
     assert "there is no such file" in refused(data=tmp_path / "images")
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """The drawn data set with boxes and masks: its masks are where the paint is."""
 
 import json
+from random import Random
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from visualrwkv.training import scene_masks
 from visualrwkv.training.coco import LabelledPictures
 from visualrwkv.training.scene_questions import KINDS
+from visualrwkv.training.scenes import Scene, Thing, draw_with_masks
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,16 @@ def test_squares_fill_their_boxes_and_crosses_do_not(data):
     share = {kind: np.mean(values) for kind, values in filled.items()}
     assert share["square"] > share["circle"] > share["triangle"] > share["star"]
     assert share["circle"] == pytest.approx(np.pi / 4, abs=0.04)
+
+
+def test_what_is_drawn_later_lies_over_what_was_drawn_before():
+    big, small = Thing("square", "red", None, None, 32, 32, 24), Thing("circle", "blue", None, None, 32, 32, 12)
+    picture, (under, over) = draw_with_masks(Scene(64, (big, small)), Random(0))
+    pixels = np.asarray(picture).astype(int)
+    assert over.sum() == pytest.approx(np.pi * 36, rel=0.1)
+    assert not (under & over).any()
+    assert (pixels[under][:, 0] > pixels[under][:, 2]).mean() > 0.97  # red, and what it hides is not marked
+    assert (pixels[over][:, 2] > pixels[over][:, 0]).mean() > 0.97
 
 
 def test_same_seed_same_bytes(data, tmp_path):

@@ -129,13 +129,14 @@ class Segmenter:
         return found
 
     def figures(self, pictures: LabelledPictures, batch: int) -> dict[str, Any]:
-        """Intersection over union of each class and their mean, over all pixels of all pictures."""
+        """Intersection over union of each class, None where it neither occurs nor is said, and their mean, over all pixels."""
         count = len(self.names) + 1
         confusion = torch.zeros(count * count, dtype=torch.int64)
         for (_, truth), found in predictions(self, pictures, batch, "measure"):
             confusion += torch.bincount((truth.classes() * count + found).flatten(), minlength=count * count)
-        each = dict(zip(("background", *self.names), class_overlaps(confusion.view(count, count))))
-        known = [v for v in each.values() if not math.isnan(v)]
+        found = zip(("background", *self.names), class_overlaps(confusion.view(count, count)))
+        each = {name: None if math.isnan(v) else v for name, v in found}
+        known = [v for v in each.values() if v is not None]
         right = confusion.view(count, count).diagonal().sum() / confusion.sum()
         return {"mIoU": sum(known) / len(known), "pixels": float(right), "IoU": each}
 
@@ -210,6 +211,9 @@ def train_dense(task: Task, vision: str, data: Path, out: Path, recipe: DenseRec
     train, test = (LabelledPictures(data / f"{split}.json") for split in ("train", "test"))
     if train.names != test.names:
         raise ValueError(f"{data}: train.json has the categories {train.names}, test.json {test.names}")
+    for split, pictures in (("train", train), ("test", test)):
+        if not any(item.things for item in pictures.items):
+            raise ValueError(f"{data / split}.json: nothing is marked in any picture")
     encoder = start(vision, recipe.seed)
     made = TASKS[task](encoder, train.names, recipe)
     rows = fit(made, train, recipe)

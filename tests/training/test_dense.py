@@ -103,6 +103,10 @@ def test_upernet_starts_from_the_encoder_that_it_is_given(randomise):
 def test_a_preset_is_known_whatever_its_classifier():
     assert preset_of(vrwkv("vrwkv_nano").config) == "vrwkv_nano"
     assert preset_of(VRWKVConfig(12, 192, classes=5, crop=1.0, image_size=512)) == "vrwkv_t"
+    assert preset_of(VRWKVConfig(12, 384, post_norm=True, layer_scale=0.5)) == "vrwkv_s"
+    assert preset_of(VRWKVConfig(12, 384, post_norm=True, layer_scale=0.5, kind="vrwkv6")) == "vrwkv6_s"
+    with pytest.raises(ValueError, match="no preset's size"):
+        preset_of(VRWKVConfig(12, 384))
 
 
 @pytest.mark.parametrize("task", [Detector, Segmenter])

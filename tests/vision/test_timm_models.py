@@ -49,8 +49,8 @@ def test_the_classifier_is_ours(tmp_path):
     there = {"file": str(tmp_path / "official.pth")}
     images = torch.randn(2, 3, 64, 40)
     theirs = timm.create_model("vrwkv_t", pretrained=True, pretrained_cfg_overlay=there).eval()
-    maps = timm.create_model("vrwkv_t", pretrained=True, pretrained_cfg_overlay=there, features_only=True)
-    ten = timm.create_model("vrwkv_t", pretrained=True, pretrained_cfg_overlay=there, num_classes=10)
+    maps = timm.create_model("vrwkv_t", pretrained=True, pretrained_cfg_overlay=there, features_only=True).eval()
+    ten = timm.create_model("vrwkv_t", pretrained=True, pretrained_cfg_overlay=there, num_classes=10).eval()
     with torch.no_grad():
         patches = ours(images)
         torch.testing.assert_close(theirs(images), ours.forward_head(patches))
@@ -64,7 +64,7 @@ def test_the_classifier_is_ours(tmp_path):
 
 def test_the_head_is_timms():
     torch.manual_seed(0)
-    net = timm.create_model("vrwkv_s", num_classes=10)
+    net = timm.create_model("vrwkv_s", num_classes=10).eval()
     images = torch.randn(2, 3, 48, 32)
     patches = net.forward_features(images)
     assert patches.shape == (2, 6, 384)

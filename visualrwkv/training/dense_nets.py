@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -78,10 +77,15 @@ def upernet(encoder: VRWKV, names: Sequence[str], channels: int = 64) -> tuple[A
 
 
 def preset_of(config: VRWKVConfig) -> str:
-    """The name of the preset that has these sizes, whatever its classifier and the preparation of its pictures."""
+    """The name of the preset whose blocks and tables are those of this config, whatever else differs."""
+
+    def shape(c: VRWKVConfig) -> tuple:
+        head = c.head_size if c.kind == "vrwkv6" else 0
+        sizes = (c.kind, head, c.depth, c.width, c.patch_size, c.pos_grid, c.ffn_rate)
+        return (*sizes, c.post_norm, bool(c.layer_scale), c.key_norm)
+
     for name, other in VISION_PRESETS.items():
-        same = ("classes", "head_width", "image_size", "mean", "std", "crop")
-        if replace(config, **{key: getattr(other, key) for key in same}) == other:
+        if shape(other) == shape(config):
             return name
     raise ValueError(
         f"the encoder has {config.depth} blocks of width {config.width} and patches of {config.patch_size}, which is no "

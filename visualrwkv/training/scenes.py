@@ -135,18 +135,28 @@ def arrange(rng: Random, count: int, with_digit: bool, split: str = "train", siz
 
 def draw(scene: Scene, rng: Random) -> Image.Image:
     """The picture of a scene, RGB. Background, noise, tilt and exact tone of each colour come from `rng`."""
+    return draw_with_masks(scene, rng)[0]
+
+
+def draw_with_masks(scene: Scene, rng: Random) -> tuple[Image.Image, np.ndarray]:
+    """The picture of a scene, and the pixels that show at least half of each thing: (things, size, size) bool."""
     noise = np.random.default_rng(rng.getrandbits(64))
     size = scene.size
     # Four by four dim, muted tones, blown up: an uneven light. It stays darker than every paint.
     tones = noise.uniform(18, 66, (4, 4, 1)) + noise.uniform(-12, 12, (4, 4, 3))
     image = Image.fromarray(tones.clip(0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    for thing in scene.things:
+    shown = np.zeros((len(scene.things), size, size), bool)
+    for number, thing in enumerate(scene.things):
         tilt = math.radians(rng.uniform(-12, 12))
         mask, corner = glyph_mask(thing) if thing.kind == "digit" else shape_mask(thing, tilt)
         paint = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in PAINT[thing.colour])
         image.paste(paint, corner, mask)
+        cover = Image.new("L", (size, size))
+        cover.paste(mask, corner)
+        shown[number] = np.asarray(cover) >= 128
+        shown[:number] &= ~shown[number]  # what is drawn later lies over it
     grain = noise.standard_normal((size, size, 3), dtype=np.float32) * NOISE
-    return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8)), shown
 
 
 def shape_mask(thing: Thing, tilt: float) -> tuple[Image.Image, tuple[int, int]]:

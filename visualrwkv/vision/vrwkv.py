@@ -235,6 +235,14 @@ class Head(nn.ModuleDict):
         return self["fc"](x)
 
 
+def make_head(config: VRWKVConfig) -> nn.Module | None:
+    """The classifier that a config asks for: none, one layer, or the largest member's two."""
+    D, hidden, classes = config.width, config.head_width, config.classes
+    if hidden:
+        return nn.Sequential(nn.Linear(D, hidden), nn.Tanh(), nn.Linear(hidden, classes))
+    return Head(D, classes) if classes else None
+
+
 class VRWKV(nn.Module):
     """The encoder. Takes any picture size; the position table is interpolated to its grid."""
 
@@ -250,12 +258,7 @@ class VRWKV(nn.Module):
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-        D, hidden, classes = config.width, config.head_width, config.classes
-        self.head: nn.Module | None = None
-        if hidden:
-            self.head = nn.Sequential(nn.Linear(D, hidden), nn.Tanh(), nn.Linear(hidden, classes))
-        elif classes:
-            self.head = Head(D, classes)
+        self.head = make_head(config)
 
     def grid(self, pixels: Tensor) -> tuple[int, int]:
         """Patches down and across pictures (B, 3, H, W)."""
@@ -271,11 +274,15 @@ class VRWKV(nn.Module):
         table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
         return table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pictures (B, 3, H, W) -> patches (B, P, D), row-major, after the final norm."""
+    def embed(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """What the first block reads of pictures (B, 3, H, W): patches (B, P, D), and their grid."""
         x = self.patch_embed(pixels)
         grid = (x.shape[-2], x.shape[-1])
-        x = x.flatten(2).transpose(1, 2) + self.positions(grid)
+        return x.flatten(2).transpose(1, 2) + self.positions(grid), grid
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures (B, 3, H, W) -> patches (B, P, D), row-major, after the final norm."""
+        x, grid = self.embed(pixels)
         for layer in self.layers:
             x = layer(x, grid)
         return self.ln1(x)

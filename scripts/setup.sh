@@ -26,7 +26,7 @@ if [[ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$stamp" ]]; then
     echo "set-up 3/3: compiled kernels"
     VISUALRWKV_KERNELS=0 "$VENV/bin/python" -m visualrwkv.ops.build || echo "  no compiler: the pure torch forms of the recurrences will run, slower"
     # DeepSpeed compiles what it talks through on a CPU when it first needs it, which takes half a minute and 3 GB: now, then.
-    [[ "$(nvidia-smi -L 2>/dev/null)" ]] || DS_ACCELERATOR=cpu PATH=$VENV/bin:$PATH python -c 'from deepspeed.comm.torch import build_shm_op as build; build()' \
+    [[ "$(nvidia-smi -L 2>/dev/null)" ]] || DS_ACCELERATOR=cpu PATH=$VENV/bin:$PATH python -c 'from visualrwkv.training.engine import compile_once as build; build()' \
         >>"$VENV/setup.log" 2>&1 || echo "  DeepSpeed will compile its own part when training first starts"
     echo "$stamp" >"$VENV/.stamp"
     echo "set-up done in $((SECONDS - started)) s"

@@ -102,3 +102,9 @@ def test_what_timm_knows_of_a_model():
     assert (about["input_size"], about["crop_pct"], about["mean"]) == ((3, 224, 224), 0.875, (0.485, 0.456, 0.406))
     scales = {group["lr_scale"] for group in create_optimizer_v2(net, "adamw", lr=1.0, layer_decay=0.5).param_groups}
     assert len(scales) == 4 + 2  # the blocks, what comes before them, and what comes after
+
+
+def test_drop_path_is_the_published_one_unless_asked_for():
+    assert timm.create_model("vrwkv_s").config.drop_path == 0.3
+    model = timm.create_model("vrwkv_s", drop_path_rate=0.1)
+    assert [block.drop_path for block in (model.layers[0], model.layers[-1])] == [0.0, 0.1]

@@ -32,7 +32,10 @@ class Classifier(VRWKV):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        drop_path_rate: float | None = None,  # default: the published one
     ):
+        if drop_path_rate is not None:
+            config = replace(config, drop_path=drop_path_rate)
         super().__init__(classifying(config, num_classes))
         self.in_chans = in_chans
         self.num_features = config.width
@@ -71,10 +74,6 @@ class Classifier(VRWKV):
         self.head_hidden_size = self.config.head_width or self.config.width
         head = make_head(self.config)
         self.head = head and head.to(self.pos_embed)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """How timm's layer-wise learning rates see the parameters."""
-        return {"stem": r"^pos_embed|^patch_embed", "blocks": [(r"^layers\.(\d+)", None), (r"^ln1", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """timm's switch; there is nothing to switch on."""

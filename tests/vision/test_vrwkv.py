@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from visualrwkv.checkpoint import load_vision
 from visualrwkv.config import VRWKVConfig
+from visualrwkv.vision.shift import q_shift as patches_shifted
 from visualrwkv.vision.vrwkv import VRWKV, vrwkv
-from visualrwkv.vision.vrwkv import q_shift as patches_shifted
 
 PRE = VRWKVConfig(depth=3, width=16, patch_size=8, image_size=32, pos_grid=4)
 POST = VRWKVConfig(depth=3, width=16, patch_size=8, image_size=32, pos_grid=4, post_norm=True, layer_scale=0.7)

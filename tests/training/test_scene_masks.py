@@ -80,7 +80,7 @@ def test_a_directory_of_something_else_is_left_alone(data, tmp_path):
     with pytest.raises(ValueError, match="choose another directory"):
         scene_masks.write(data, seed=4, train=60, test=20)
     (tmp_path / "mine").write_text("kept")
-    with pytest.raises(ValueError, match="not a data set of scenes"):
+    with pytest.raises(ValueError, match="not a scenes data set"):
         scene_masks.write(tmp_path, train=1, test=1)
     with pytest.raises(ValueError, match="size must be at least 32, not 8"):
         scene_masks.write(tmp_path / "new", size=8)

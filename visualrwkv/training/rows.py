@@ -25,20 +25,20 @@ Row = dict[str, Any]
 class StreamedRows:
     """Rows numbered in the order in which they come, epoch after epoch; only those in `held` can be asked for."""
 
-    def __init__(self, path: Path, images: Path, seed: int):
-        self.path, self.folder, self.seed = path, images, seed
+    def __init__(self, path: Path, images: Path):
+        self.path, self.folder = path, images
         self.stream, self._mark = _open_stream(path)
         if self.stream.features:  # None where the files do not say
             check_columns(path, self.stream.column_names)
             self.stream = self.stream.decode(False)
         self.held: dict[int, Row] = {}
 
-    def rows(self, epoch: int, place: Any = None) -> Generator[tuple[Row, Any], None, None]:
+    def rows(self, epoch: int, seed: int, place: Any = None) -> Generator[tuple[Row, Any], None, None]:
         """An epoch's rows, each with the place to go on from after it; the files are in an order of the epoch's own.
 
         ConnectionError where no more can be read.
         """
-        self.stream.set_epoch(random.Random(f"{self.seed} {epoch}").randrange(1, 1 << 31))  # 0 would keep their order
+        self.stream.set_epoch(random.Random(f"{seed} {epoch}").randrange(1, 1 << 31))  # 0 would keep their order
         self.stream.load_state_dict(place)
         count = 0
         try:
@@ -66,10 +66,8 @@ class StreamedRows:
     def picture(self, row: int, column: str, place: int | None) -> bytes | Path:
         """A picture's bytes, or its path where the row holds only that."""
         value = self.held[row][column]
-        stored = stored_picture(value if place is None else value[place], self.folder)
-        if stored is None:
-            raise ValueError(f"{self.name(row)} has no picture in column {column}")
-        return stored
+        value = value if place is None else value[place]
+        return stored_picture(value, self.folder, f"{self.name(row)} has no picture in column {column}")
 
     def images(self, index: int) -> Path:
         return self.folder

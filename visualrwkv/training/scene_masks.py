@@ -22,8 +22,9 @@ import numpy as np
 from visualrwkv.training.coco import run_lengths
 from visualrwkv.training.progress import Bar
 from visualrwkv.training.scene_questions import KINDS
-from visualrwkv.training.scenes import COUNTS, DIGIT_SHARE, arrange, draw_with_masks
+from visualrwkv.training.scenes import COUNTS, DIGIT_SHARE, arrange, draw_with_masks, is_there
 
+MARKER = "scene_masks.json"
 FORMAT = 1  # raise it when the same seed gives other data
 CATEGORIES = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, 1)]
 
@@ -39,17 +40,8 @@ def write(out: Path, seed: int = 0, train: int = 6000, test: int = 500, size: in
         size: side of the square pictures, in pixels.
     """
     parameters = {"format": FORMAT, "seed": seed, "train": train, "test": test, "size": size}
-    for name, least in (("train", 1), ("test", 1), ("size", 32)):
-        if parameters[name] < least:
-            raise ValueError(f"{name} must be at least {least}, not {parameters[name]}.")
-    marker = out / "scene_masks.json"
-    if marker.exists():
-        found = json.loads(marker.read_text())
-        if found != parameters:
-            raise ValueError(f"{out} holds scenes made with {found}, not with {parameters}: choose another directory.")
+    if is_there(out, MARKER, parameters):
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not a data set of scenes: choose another directory.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch, Bar("scenes", train + test) as bar:
         partial = Path(scratch) / "scenes"
@@ -69,7 +61,7 @@ def write(out: Path, seed: int = 0, train: int = 6000, test: int = 500, size: in
                     )
                 bar.advance()
             (partial / f"{split}.json").write_text(json.dumps(data))
-        (partial / marker.name).write_text(json.dumps(parameters) + "\n")
+        (partial / MARKER).write_text(json.dumps(parameters) + "\n")
         partial.replace(out)
 
 

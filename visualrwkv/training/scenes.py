@@ -306,20 +306,10 @@ def write(
         "language": language,
         "size": size,
     }
-    for name, least in (("train", 1), ("val", 1), ("test", 1), ("retell", 1), ("language", 1), ("size", 32)):
-        if parameters[name] < least:
-            raise ValueError(f"{name} must be at least {least}, not {parameters[name]}.")
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}.")
-    marker = out / "scenes.json"
-    if marker.exists():
-        found = json.loads(marker.read_text())
-        if found != parameters:
-            raise ValueError(f"{out} holds scenes made with {found}, not with {parameters}: choose another directory.")
+    if is_there(out, "scenes.json", parameters):
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not a scenes data set: choose another directory.")
-
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         partial = Path(scratch) / "scenes"
@@ -343,6 +333,22 @@ def write(
                 (partial / f"{split}.objects.json").write_text(json.dumps(dict(objects)))
         (partial / "scenes.json").write_text(json.dumps(parameters) + "\n")
         partial.replace(out)
+
+
+def is_there(out: Path, marker: str, parameters: dict[str, int]) -> bool:
+    """Whether the data set was written to `out` before; ValueError where a parameter is too small, or where `out` is of others."""
+    for name, value in parameters.items():
+        least = {"format": 0, "seed": value, "size": 32}.get(name, 1)
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}.")
+    if (out / marker).exists():
+        found = json.loads((out / marker).read_text())
+        if found != parameters:
+            raise ValueError(f"{out} holds scenes made with {found}, not with {parameters}: choose another directory.")
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not a scenes data set: choose another directory.")
+    return False
 
 
 def run_jobs(jobs: list[Job], workers: int) -> list[dict[str, list]]:

@@ -21,7 +21,6 @@ from visualrwkv.config import ModelConfig
 from visualrwkv.training.checkpoints import put
 from visualrwkv.training.data import Batch, Reader
 from visualrwkv.training.packing import Share, take
-from visualrwkv.training.recipes import Policy, Position
 from visualrwkv.training.rows import Row, StreamedRows
 
 OPENING = 64  # records that are looked at before the first step
@@ -44,18 +43,8 @@ class Streamed(Reader):
     source: StreamedRows
     memory = "stream.json"
 
-    def __init__(
-        self,
-        path: Path,
-        images: Path,
-        model: ModelConfig,
-        image_position: Position = "middle",
-        longest: int = 0,
-        bad: Policy = "error",
-        frames: int = 8,
-        seed: int = 0,
-    ):
-        super().__init__(StreamedRows(path, images, seed), model, image_position, longest, bad, frames, seed)
+    def __init__(self, path: Path, images: Path, model: ModelConfig, *how: Any, **more: Any):
+        super().__init__(StreamedRows(path, images), model, *how, **more)
         self.opening = ""
 
     def prepare(self, kept: Path | None = None) -> None:
@@ -63,7 +52,7 @@ class Streamed(Reader):
         if self.opening:
             return
         lengths, problems, seen = [], [], hashlib.sha256()
-        with closing(self.source.rows(0)) as rows:
+        with closing(self.source.rows(0, self.seed)) as rows:
             for index, (row, _) in enumerate(islice(rows, OPENING)):
                 try:
                     ids = self.look(index, row)
@@ -136,7 +125,7 @@ class Window:
         """Read on in this epoch, from the row of that number."""
         self.epoch, self.number = epoch, first
         self.places = deque([(first, state)])
-        self.rows = self.data.source.rows(epoch, state)
+        self.rows = self.data.source.rows(epoch, self.data.seed, state)
 
     def admit(self, only: set[int] | None = None) -> bool:
         """Let a row in, or leave it out where it fails and may; False at the epoch's end."""

@@ -44,10 +44,8 @@ class TableRecords:
     def picture(self, row: int, column: str, place: int | None) -> bytes | Path:
         """A picture's bytes, or its path where the table holds only that."""
         value = self._arrow[row][column][0]
-        stored = stored_picture((value if place is None else value[place]).as_py(), self.folder)
-        if stored is None:
-            raise ValueError(f"{self.name(row)} has no picture in column {column}")
-        return stored
+        value = (value if place is None else value[place]).as_py()
+        return stored_picture(value, self.folder, f"{self.name(row)} has no picture in column {column}")
 
     def images(self, index: int) -> Path:
         return self.folder
@@ -70,13 +68,15 @@ def check_columns(path: Path, columns: Sequence[str]) -> None:
         )
 
 
-def stored_picture(value: Any, folder: Path) -> bytes | Path | None:
-    """What a cell says of a picture: its bytes, a path relative to the folder, or nothing."""
+def stored_picture(value: Any, folder: Path, otherwise: str) -> bytes | Path:
+    """What a cell says of a picture: its bytes, or a path relative to the folder; ValueError says `otherwise` for neither."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
         return folder / value
-    return value if isinstance(value, bytes) else None
+    if isinstance(value, bytes):
+        return value
+    raise ValueError(otherwise)
 
 
 def _open_table(path: Path) -> Any:

@@ -66,6 +66,19 @@ struct bf16 {
     explicit operator float() const { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
 };
 
+typedef uint16_t shorts __attribute__((vector_size(SIMD_BYTES / 2)));  // as many as vecf has floats
+typedef uint16_t shorts_anywhere __attribute__((vector_size(SIMD_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t vecu __attribute__((vector_size(SIMD_BYTES)));
+
+inline vecf load(const bf16* p) {
+    return (vecf)(__builtin_convertvector(*reinterpret_cast<const shorts_anywhere*>(p), vecu) << 16);
+}
+inline void store(bf16* p, vecf x) {
+    const vecu b = (vecu)x, rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16, quiet = b >> 16 | 0x40;
+    const vecu kept = (b & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
+    *reinterpret_cast<shorts_anywhere*>(p) = __builtin_convertvector(kept, shorts);
+}
+
 inline float sum(vecf x) {
     float s[FLOATS];
     store(s, x);
@@ -102,6 +115,8 @@ inline vecf exp(vecf x) {
     vecf high = (vecf)((power - half + 127) << 23);
     return p * low * high;
 }
+
+inline vecf sigmoid(vecf x) { return 1.0f / (1.0f + exp(-x)); }
 
 // The same for where numbers below the normal range may be 0 and those above e^88 be e^88: a quarter less work.
 inline vecf exp_or_zero(vecf x) {

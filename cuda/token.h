@@ -84,7 +84,6 @@ struct Buffers {
     }
 };
 
-inline vecf sigmoid(vecf x) { return 1.0f / (1.0f + simd::exp(-x)); }
 inline vecf tanh(vecf x) { return 1.0f - 2.0f / (1.0f + simd::exp(x + x)); }
 
 inline vecf squared_relu(vecf x) {

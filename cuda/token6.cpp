@@ -59,7 +59,7 @@ void heads(Worker& worker, const Block& p, int64_t layer) {
             token::normalise(N, o, n.group_eps, p.group_weight + at, p.group_bias + at, o);
             for (int64_t i = 0; i < N; i += FLOATS) {
                 const vecf g = simd::load(in.g + row + i);
-                simd::store(o + i, simd::load(o + i) * g * token::sigmoid(g));
+                simd::store(o + i, simd::load(o + i) * g * simd::sigmoid(g));
             }
         }
     });
@@ -123,7 +123,7 @@ void layer(Worker& worker, const Block& p, int64_t l) {
         float* x = buffers.x + b * C;
         const float *gate = out.gate + b * C, *more = out.y + b * C;
         for (int64_t i = 0; i < C; i += FLOATS)
-            simd::store(x + i, simd::load(x + i) + token::sigmoid(simd::load(gate + i)) * simd::load(more + i));
+            simd::store(x + i, simd::load(x + i) + simd::sigmoid(simd::load(gate + i)) * simd::load(more + i));
     });
 }
 

@@ -59,8 +59,8 @@ void heads(Worker& worker, const Block& p, int64_t layer) {
             for (int64_t i = 0; i < N; i += FLOATS) {
                 const float limit = -0.60653066f;  // -exp(-0.5): exp(-exp(w)) with w = -softplus(-x) - 0.5
                 const vecf x = simd::load(p.decay + at + i) + simd::load(d + i);
-                simd::store(d + i, simd::exp(limit * token::sigmoid(x)));
-                const vecf learned = token::sigmoid(simd::load(p.rate + at + i) + simd::load(a + i));
+                simd::store(d + i, simd::exp(limit * simd::sigmoid(x)));
+                const vecf learned = simd::sigmoid(simd::load(p.rate + at + i) + simd::load(a + i));
                 simd::store(a + i, learned);
                 const vecf key = simd::load(k + i), removal = key * simd::load(p.removal + at + i);
                 squares += removal * removal;
@@ -74,7 +74,7 @@ void heads(Worker& worker, const Block& p, int64_t layer) {
                     simd::store(first, value);
                 } else {
                     const vecf x = simd::load(p.value_share + at + i) + simd::load(share + b * N + i);
-                    simd::store(v + i, value + (simd::load(first) - value) * token::sigmoid(x));
+                    simd::store(v + i, value + (simd::load(first) - value) * simd::sigmoid(x));
                 }
             }
             const float length = 1 / std::max(std::sqrt(simd::sum(squares)), 1e-12f), current = simd::sum(own);
@@ -115,7 +115,7 @@ void layer(Worker& worker, const Block& p, int64_t l) {
         worker.prepare(b, out.low[0] + b * ranks[0], ranks[0], low[0], false, token::tanh);
         worker.prepare(b, out.low[1] + b * ranks[1], ranks[1], low[1], false, same);
         worker.prepare(b, out.low[2] + b * ranks[2], ranks[2], low[2], false, same);
-        worker.prepare(b, out.low[3] + b * ranks[3], ranks[3], low[3], false, token::sigmoid);
+        worker.prepare(b, out.low[3] + b * ranks[3], ranks[3], low[3], false, simd::sigmoid);
     });
     worker.prepared();
     const Matrix* outs[] = {&p.decay_out, &p.rate_out, &p.share_out, &p.gate_out};

@@ -7,12 +7,12 @@ A row needs no padding: token shift and recurrence restart where a sequence star
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visualrwkv.config import RWKVConfig
 from visualrwkv.ops import wkv7
 from visualrwkv.ops.elementwise import relu_squared
+from visualrwkv.ops.gates7 import after_wkv7, before_wkv7, mix_values
 from visualrwkv.ops.mix import token_mix
 from visualrwkv.rwkv.network import RWKV
 
@@ -53,7 +53,7 @@ class TimeMix(nn.Module):
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
-        self.ln_x = nn.GroupNorm(H, C, eps=1e-5 * 8**2)  # 8: the family's head_size_divisor
+        self.ln_x = Readout(H, C, eps=1e-5 * 8**2)  # 8: the family's head_size_divisor
         self.reset_parameters(layer, config.n_layer)
 
     @torch.no_grad()
@@ -94,20 +94,24 @@ class TimeMix(nn.Module):
         mixes = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g], 1)[0]
         xr, xw, xk, xv, xa, xg = token_mix(x[None], last, mixes, None, cu_seqlens).squeeze(1).unbind(0)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        dtype = r.dtype  # under autocast a product's, not the parameters'
-        w = -F.softplus(-(self.w0[0] + torch.tanh(xw @ self.w1) @ self.w2)) - 0.5  # a decay between 0.545 and 1
+        decay, rate = torch.tanh(xw @ self.w1) @ self.w2, (xa @ self.a1) @ self.a2
+        gate = torch.sigmoid(xg @ self.g1) @ self.g2
         if v_first is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0[0].to(dtype) + (xv @ self.v1) @ self.v2))
-        a = torch.sigmoid(self.a0[0].to(dtype) + (xa @ self.a1) @ self.a2)
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
-        kk = F.normalize((k * self.k_k[0].to(dtype)).view(T, H, N), dim=-1).to(dtype)  # CUDA's autocast raises a norm
-        k = k * (1 + (a - 1) * self.k_a[0].to(dtype))
-        r, w, k, v, a = (t.view(T, H, N) for t in (r, w.to(dtype), k, v, a))
-        y, wkv = wkv7(r[None], w[None], k[None], v[None], -kk[None], (kk * a)[None], wkv, cu_seqlens)
-        own = (r * k * self.r_k.to(dtype)).sum(-1, keepdim=True) * v  # the current token, by a way of its own
-        return self.output((self.ln_x(y.view(T, C)) + own.view(T, C)) * g), wkv, v_first
+            v = mix_values(v, (xv @ self.v1) @ self.v2, v_first, self.v0, H)
+        w, k, a, b = before_wkv7(k, decay, rate, self.w0, self.a0, self.k_k, self.k_a, H)
+        R, W, K, V, A, B = (t.view(1, T, H, N) for t in (r, w, k, v, a, b))
+        y, wkv = wkv7(R, W, K, V, A, B, wkv, cu_seqlens)
+        return self.output(self.ln_x(y.view(T, C), r, k, v, gate, self.r_k)), wkv, v_first
+
+
+class Readout(nn.GroupNorm):
+    """Normalises per head what was read of the state, adds the current token's own value, and gates both."""
+
+    def forward(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, bonus: Tensor) -> Tensor:  # type: ignore[override]
+        """y, r, k, v, gate (T, C), bonus (H, N) -> (T, C)."""
+        return after_wkv7(y, r, k, v, gate, bonus, self.weight, self.bias, self.num_groups, self.eps)
 
 
 class ChannelMix(nn.Module):

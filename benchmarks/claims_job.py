@@ -106,7 +106,7 @@ def per_token(targets: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def answers(made: VisualRWKV, questions: list[Question], blind: bool = False) -> Iterator[str]:
-    """Greedy answers. All rows are read anew for each token, so that every kind of model is asked in the same way."""
+    """Greedy answers. Rows are read anew for each token, so that every kind of model is asked in the same way."""
     config = made.config
     assert config.vision is not None
     read = make_processor(config.vision)
@@ -121,15 +121,19 @@ def answers(made: VisualRWKV, questions: list[Question], blind: bool = False) ->
             )[0]
             for q in some
         ]
-        pictures = None if blind else Encoded(made.encode(torch.stack([read(q.pictures[0]) for q in some])))
+        features = None if blind else made.encode(torch.stack([read(q.pictures[0]) for q in some]))
         said: list[list[int]] = [[] for _ in some]
         for _ in range(LONGEST):
-            full = [row + words for row, words in zip(rows, said)]
+            still = [i for i, words in enumerate(said) if config.end_of_turn not in words]
+            if not still:
+                break
+            full = [rows[i] + said[i] for i in still]
             bounds = torch.tensor([0, *(len(row) for row in full)]).cumsum(0)
             ids = torch.tensor([i for row in full for i in row])
+            pictures = None if features is None else Encoded(features[still])
             hidden = made.hidden(ids[None], pictures, cu_seqlens=bounds)[0][0, bounds[1:] - 1]
-            for words, best in zip(said, made.rwkv.head(hidden).argmax(-1).tolist()):
-                words.append(best)
+            for i, best in zip(still, made.rwkv.head(hidden).argmax(-1).tolist()):
+                said[i].append(best)
         for words in said:
             end = words.index(config.end_of_turn) if config.end_of_turn in words else len(words)
             yield decode(words[:end])

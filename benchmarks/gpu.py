@@ -24,6 +24,14 @@ from torch import Tensor
 
 from visualrwkv.ops import bi_wkv, decode, library, token_mix, wkv6, wkv7
 from visualrwkv.ops.biwkv import bi_wkv_torch
+from visualrwkv.ops.gates7 import (
+    after_wkv7,
+    after_wkv7_torch,
+    before_wkv7,
+    before_wkv7_torch,
+    mix_values,
+    mix_values_torch,
+)
 from visualrwkv.ops.mix import token_mix_torch
 from visualrwkv.ops.wkv6 import wkv6_torch
 from visualrwkv.ops.wkv7 import wkv7_torch
@@ -52,6 +60,24 @@ class Op:
 OPS = (Op("wkv6", wkv6, wkv6_torch, 4), Op("wkv7", wkv7, wkv7_torch, 6))
 
 
+@dataclass(frozen=True)
+class Gate:
+    """A step around wkv7, of `rows` tensors (T, C) and `weights` (C) and then the number of heads, and its torch form."""
+
+    ours: Callable[..., Any]
+    torch_form: Callable[..., Any]
+    rows: int
+    weights: int
+    results: int
+
+
+GATES = {
+    "mix_values": Gate(mix_values, lambda *x: mix_values_torch(*x[:4]), 3, 1, 1),
+    "before_wkv7": Gate(before_wkv7, before_wkv7_torch, 3, 4, 4),
+    "after_wkv7": Gate(lambda *x: after_wkv7(*x, 64e-5), lambda *x: after_wkv7_torch(*x, 64e-5), 5, 3, 1),
+}
+
+
 def inputs(op: str, B: int, T: int, H: int, dtype: torch.dtype, seed: int = 0, N: int = SIZE) -> list[Tensor]:
     """Random inputs as trained models have them."""
     g = torch.Generator("cuda").manual_seed(seed)
@@ -73,6 +99,17 @@ def picture_inputs(B: int, T: int, C: int, dtype: torch.dtype, seed: int = 0) ->
     w, u = (torch.randn(C, generator=g, device="cuda") / T for _ in range(2))
     k, v = (torch.randn(B, T, C, generator=g, device="cuda").to(dtype) for _ in range(2))
     return [w.abs() * 8, u, k, v]
+
+
+def gate_inputs(gate: Gate, T: int, H: int, dtype: torch.dtype, seed: int = 0, N: int = SIZE) -> list[Tensor]:
+    g = torch.Generator("cuda").manual_seed(seed)
+    rows = [torch.randn(T, H * N, generator=g, device="cuda").to(dtype) for _ in range(gate.rows)]
+    return rows + [torch.randn(H * N, generator=g, device="cuda") for _ in range(gate.weights)]
+
+
+def whole(results: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """All that a step gives, side by side."""
+    return torch.cat(results, -1) if isinstance(results, tuple) else results
 
 
 def first(result: Any) -> Tensor:
@@ -124,7 +161,7 @@ def check() -> None:
 
 
 def check_steps() -> list[str]:
-    """The decode kernels and token_mix against their references in float64; names of what is wrong."""
+    """The decode kernels, token_mix and the steps around wkv7 against their references in float64; names of what is wrong."""
     failed = []
 
     def judge(name: str, got: Tensor, true: Tensor, bound: float) -> None:
@@ -150,6 +187,14 @@ def check_steps() -> list[str]:
             token_mix_torch(x.double(), None, mix.double(), delta.double()),
             bound,
         )
+        for name, gate in GATES.items():
+            given = gate_inputs(gate, 301, 3, dtype)
+            dy = torch.randn(301, gate.results * 3 * SIZE, device="cuda")
+            got = gradients(lambda *x, gate=gate: whole(gate.ours(*x, 3)), given, dy)
+            true = [x.double() for x in given]
+            true = gradients(lambda *x, gate=gate: whole(gate.torch_form(*x, 3)), true, dy.to(dtype).double())
+            for i, (a, b) in enumerate(zip(got, true, strict=True)):
+                judge(f"{name} {str(dtype)[6:]}, {i}", a, b, bound)
         W, row = torch.randn(72, 256, device="cuda").bfloat16(), torch.randn(3, 256, device="cuda").to(dtype)
         [y] = decode.gemv_step([decode.Product(W, row, "relu_squared")])
         judge(f"gemv step {str(dtype)[6:]}", y, torch.relu(row.double() @ W.double().T).square(), bound)
@@ -333,6 +378,24 @@ def time_pictures(copy: float, dtype: torch.dtype = torch.bfloat16) -> dict[str,
     return figures
 
 
+def time_gates(copy: float, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """The steps around wkv7, forward and backward."""
+    figures: dict[str, Any] = {}
+    for name, gate in GATES.items():
+        for B, T, H in SHAPES[:2]:
+            given = [x.requires_grad_() for x in gate_inputs(gate, B * T, H, dtype)]
+            dy = torch.randn(B * T, gate.results * H * SIZE, device="cuda", dtype=dtype)
+            runs: dict[str, Callable[[int], object]] = {
+                kind: lambda _, run=run, given=given, dy=dy, H=H: torch.autograd.grad(whole(run(*given, H)), given, dy)
+                for kind, run in (("ours", gate.ours), ("torch form", gate.torch_form))
+            }
+            size = B * T * H * SIZE * dtype.itemsize
+            print(f"{name}, {B * T} rows, H {H} …")
+            floor = (3 * gate.rows + 2 * gate.results) * size / copy
+            figures[f"{name} forward+backward, {B * T} rows, H {H}"] = compare(runs, 1, floor)
+    return figures
+
+
 def graphed(step: Callable[[], object]) -> Callable[[int], object]:
     """The step as a CUDA graph."""
     step()
@@ -409,7 +472,7 @@ def main() -> None:
         return touch()
     copy = bandwidth()
     print(f"copy: {copy / 1e9:.0f} GB/s")
-    figures = {**time_recurrences(copy), **time_pictures(copy), **time_steps(copy)}
+    figures = {**time_recurrences(copy), **time_pictures(copy), **time_gates(copy), **time_steps(copy)}
     name = torch.cuda.get_device_name().lower()
     folder = next((part for part in ("h200", "h100", "a100") if part in name), name.replace(" ", "-"))
     about = {"gpu": torch.cuda.get_device_name(), "copy_bytes_per_second": copy, "shapes": {"N": SIZE, "dtype": "bf16"}}

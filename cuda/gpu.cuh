@@ -56,6 +56,29 @@ __device__ __forceinline__ void store(T* p, T x) {
     *p = x;
 }
 
+// Neighbouring values of a thread, computed with in fp32 and moved as one.
+template <int COUNT>
+struct Values {
+    float at[COUNT];
+};
+
+template <int COUNT, typename T>
+__device__ __forceinline__ Values<COUNT> read(const T* from) {
+    const auto pack = load(reinterpret_cast<const Pack<T, COUNT>*>(from));
+    Values<COUNT> x;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) x.at[i] = to_float(pack.at[i]);
+    return x;
+}
+
+template <int COUNT, typename T>
+__device__ __forceinline__ void write(T* to, const Values<COUNT>& x) {
+    Pack<T, COUNT> pack;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) pack.at[i] = from_float<T>(x.at[i]);
+    store(reinterpret_cast<Pack<T, COUNT>*>(to), pack);
+}
+
 // Copy BYTES (4, 8 or 16) to shared memory without waiting; where `real` is false, zeros, and `from` is not read.
 // copy_commit() closes a group of copies; copy_wait<KEEP>() waits until at most KEEP groups are under way, for this
 // thread's copies: a __syncthreads() must follow before others read them.

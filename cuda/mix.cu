@@ -9,8 +9,11 @@
 
 namespace {
 
+using gpu::read;
 using gpu::Sequences;
+using gpu::Values;
 using gpu::WARP;
+using gpu::write;
 
 constexpr int RUN = 8, WARPS = 8, MOST = 8;  // MOST: mixes
 constexpr int PIECE = RUN * WARPS;           // rows of a block; visualrwkv/ops/mix.py sizes the partial sums by it
@@ -19,28 +22,6 @@ struct Sizes {
     Sequences sequences;
     int64_t rows, M, C;
 };
-
-template <int VALUES>
-struct Values {
-    float at[VALUES];
-};
-
-template <int VALUES, typename T>
-__device__ __forceinline__ Values<VALUES> read(const T* from) {
-    const auto pack = gpu::load(reinterpret_cast<const gpu::Pack<T, VALUES>*>(from));
-    Values<VALUES> x;
-#pragma unroll
-    for (int i = 0; i < VALUES; i++) x.at[i] = gpu::to_float(pack.at[i]);
-    return x;
-}
-
-template <int VALUES, typename T>
-__device__ __forceinline__ void write(T* to, const Values<VALUES>& x) {
-    gpu::Pack<T, VALUES> pack;
-#pragma unroll
-    for (int i = 0; i < VALUES; i++) pack.at[i] = gpu::from_float<T>(x.at[i]);
-    gpu::store(reinterpret_cast<gpu::Pack<T, VALUES>*>(to), pack);
-}
 
 // The sequence that a row lies in: the last one that begins at it or before. One lane searches for the warp.
 __device__ __forceinline__ int64_t sequence_of(const Sequences& sequences, int64_t row) {

@@ -1,4 +1,4 @@
-"""What surrounds wkv7: the torch form against numpy, the compiled form against it in float64."""
+"""What surrounds wkv7: the torch form against numpy, the compiled and the CUDA form (emulated) against it in float64."""
 
 import shutil
 
@@ -8,6 +8,7 @@ import torch
 
 from visualrwkv.ops import gates7, library
 from visualrwkv.ops.build import build
+from visualrwkv.ops.sequences import aligned
 
 EPS = 64e-5
 STEPS = {  # rows, weights, and the step in torch
@@ -35,6 +36,38 @@ def compiled():
 @pytest.fixture(params=STEPS)
 def name(request):
     return request.param
+
+
+def on_cuda(name, x, heads):
+    """A step of the CUDA library, as autograd would call it."""
+    C = x[0].shape[1]
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            found = tuple(torch.empty_like(inputs[0]) for _ in gates7.OUTPUTS[name].split())
+            gates7._call_cuda(name, heads, EPS, *map(aligned, inputs), *found)
+            return found
+
+        @staticmethod
+        def backward(ctx, *slopes):
+            *rows, weights = map(aligned, ctx.saved_tensors)
+            found = [torch.empty_like(x) for x in rows]
+            parts = weights.new_empty(-(-len(rows[0]) // gates7.PIECE), *weights.shape)
+            gates7._call_cuda(f"{name}_backward", heads, EPS, *rows, weights, *map(aligned, slopes), *found, parts)
+            return *found, parts.sum(0)
+
+    rows = STEPS[name][0]
+    return Op.apply(*x[:rows], torch.stack([w.view(C) for w in x[rows:]]))
+
+
+@pytest.fixture(params=["compiled", "cuda"])
+def form(request):
+    if request.param == "compiled":
+        return request.getfixturevalue("compiled")
+    request.getfixturevalue("emulated")
+    return on_cuda
 
 
 def make(name, T, heads, N, dtype=torch.float32, scale=1.0, seed=0):
@@ -91,21 +124,30 @@ def test_torch_form_is_the_equations():
         np.testing.assert_allclose(out[t, c], (normal * scale[c] + shift[c] + own) * gate[t, c], rtol=1e-11)
 
 
-@pytest.mark.parametrize(("T", "heads", "N"), [(1, 1, 16), (63, 3, 32), (64, 2, 64), (65, 1, 128), (400, 4, 48)])
-def test_every_value_and_gradient(compiled, name, T, heads, N):
+def check(form, name, T, heads, N):
     inputs = make(name, T, heads, N)
     wanted = outputs_and_gradients(lambda x: STEPS[name][2](x, heads), inputs, torch.float64)
-    assert_close(outputs_and_gradients(lambda x: compiled(name, x, heads), inputs), wanted, 1e-6)
+    assert_close(outputs_and_gradients(lambda x: form(name, x, heads), inputs), wanted, 1e-6)
+
+
+@pytest.mark.parametrize(("T", "heads", "N"), [(1, 1, 32), (63, 3, 32), (64, 2, 64), (65, 1, 128)])
+def test_every_value_and_gradient(form, name, T, heads, N):
+    check(form, name, T, heads, N)
+
+
+@pytest.mark.parametrize(("T", "heads", "N"), [(1, 1, 16), (400, 4, 48)])
+def test_other_head_sizes_on_the_cpu(compiled, name, T, heads, N):
+    check(compiled, name, T, heads, N)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 30.0])
-def test_zeros_small_and_large_values(compiled, name, scale):
+def test_zeros_small_and_large_values(form, name, scale):
     inputs = make(name, 70, 2, 32, scale=scale)
     if name == "before_wkv7":
         inputs[0][3:5] = 0  # keys of length 0
         inputs[0][6] = 3e-14
     wanted = outputs_and_gradients(lambda x: STEPS[name][2](x, 2), inputs, torch.float64)
-    found = outputs_and_gradients(lambda x: compiled(name, x, 2), inputs)
+    found = outputs_and_gradients(lambda x: form(name, x, 2), inputs)
     assert all(x.isfinite().all() for x in found)
     if name == "before_wkv7":  # at a key of length 0 the slope is 1e12 times another's; PyTorch's is as arbitrary
         keep = [t for t in range(70) if scale and t not in (3, 4, 6)]
@@ -114,9 +156,9 @@ def test_zeros_small_and_large_values(compiled, name, scale):
     assert_close(found, wanted, 4e-6)
 
 
-def test_bf16_is_rounded_once(compiled, name):
+def test_bf16_is_rounded_once(form, name):
     inputs = make(name, 130, 2, 64, torch.bfloat16)
-    found = outputs_and_gradients(lambda x: compiled(name, x, 2), inputs)
+    found = outputs_and_gradients(lambda x: form(name, x, 2), inputs)
     assert {x.dtype for x in found[: -STEPS[name][1]]} == {torch.bfloat16}
     wanted = outputs_and_gradients(lambda x: STEPS[name][2](x, 2), inputs, torch.float64)
     assert_close(found, wanted, 3e-3)
@@ -147,14 +189,40 @@ def test_the_same_on_any_number_of_threads(compiled, name):
     assert all(torch.equal(x, y) for x, y in zip(one, again))
 
 
-def test_a_broken_number_stays_in_its_row(compiled, name):
-    inputs = make(name, 9, 2, 16)
+def test_the_same_in_every_order_of_warps(emulated, name):
+    inputs = make(name, 70, 2, 32)
+    found = []
+    for order in (0, 1, 2):
+        emulated.schedule(order)
+        found.append(outputs_and_gradients(lambda x: on_cuda(name, x, 2), inputs))
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes(emulated, name, dtype):
+    """Every tensor is read or written once."""
+    T, heads, N = 128, 2, 64
+    rows = STEPS[name][0]
+    inputs = make(name, T, heads, N, dtype)
+    stacked, row = torch.stack(inputs[rows:]), T * heads * N * inputs[0].element_size()
+    results = [torch.empty_like(inputs[0]) for _ in gates7.OUTPUTS[name].split()]
+    emulated.bytes()
+    gates7._call_cuda(name, heads, EPS, *inputs[:rows], stacked, *results)
+    read_weights = T // 64 * stacked.nbytes * 8  # by each of a block's warps
+    assert emulated.bytes() <= row * (rows + len(results)) + read_weights
+    gradients, parts = [torch.empty_like(x) for x in inputs[:rows]], torch.empty(T // 64, *stacked.shape)
+    gates7._call_cuda(f"{name}_backward", heads, EPS, *inputs[:rows], stacked, *results, *gradients, parts)
+    assert emulated.bytes() <= row * (2 * rows + len(results)) + read_weights + parts.nbytes
+
+
+def test_a_broken_number_stays_in_its_row(form, name):
+    inputs = make(name, 9, 2, 32)
     for row in range(STEPS[name][0]):
         broken = [x.clone() for x in inputs]
-        broken[row][4, 20] = torch.nan
-        reached = torch.stack([x.isnan() for x in compiled(name, broken, 2)]).any(0)
+        broken[row][4, 40] = torch.nan
+        reached = torch.stack([x.isnan() for x in form(name, broken, 2)]).any(0)
         assert reached.any(1).nonzero()[:, 0].tolist() == [4]
-        assert not reached[:, :16].any()  # nor its head
+        assert not reached[:, :32].any()  # nor its head
 
 
 def test_registered_as_pytorch_wants(compiled, name):
@@ -182,3 +250,15 @@ def test_doors_choose_the_form(monkeypatch, compiled):
     monkeypatch.setattr(library, "COMPILED", False)
     all_doors()
     assert chosen == list(STEPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(name, dtype):
+    inputs = make(name, 300, 4, 64, dtype)
+    wanted = outputs_and_gradients(lambda x: STEPS[name][2](x, 4), inputs, torch.float64)
+    rows = STEPS[name][0]
+    on_gpu = [x.cuda() for x in inputs]
+    found = outputs_and_gradients(lambda x: gates7._run(name, tuple(x[:rows]), tuple(x[rows:]), 4, EPS), on_gpu)
+    assert_close([x.cpu() for x in found], wanted, 1e-6 if dtype is torch.float32 else 3e-3)

@@ -9,22 +9,23 @@ what it says. With σ the logistic function and kk = k removal / |k removal| per
     out = (normalised(y) scale + shift + (sum over the head of r key bonus) value) gate
 
 T tokens, C channels, H heads, N head size. Weights have C numbers in any shape; gradients reach them and every input.
-Two forms: compiled (cuda/gates7.cpp, on the CPU), one pass over memory for each of the three, and torch, which is also the
-reference.
+Two forms: compiled (cuda/gates7.cpp, cuda/gates7.cu), one pass over memory for each of the three, and torch, which is also
+the reference.
 """
 
 from __future__ import annotations
 
 from ctypes import c_float, c_int64, c_void_p
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from visualrwkv.ops import library
-from visualrwkv.ops.sequences import has_float64
+from visualrwkv.ops.sequences import aligned, has_float64
 
-PIECE = 64  # rows with a partial sum of their own: PIECE in cuda/gates7.cpp
+PIECE = 64  # rows with a partial sum of their own: PIECE in cuda/gates7.cpp and cuda/gates7.cu
 
 
 def mix_values(v: Tensor, share: Tensor, first: Tensor, share0: Tensor, heads: int) -> Tensor:
@@ -118,8 +119,12 @@ OUTPUTS = {"mix_values": "value", "before_wkv7": "w key a b", "after_wkv7": "out
 
 
 def _compiled_takes(heads: int, x: Tensor, *others: Tensor) -> bool:
-    """Whether the library computes this: on the CPU, of heads that fill vectors."""
-    return library.COMPILED and x.is_cpu and not has_float64(x, *others) and x.shape[-1] % (16 * heads) == 0
+    """Whether a library computes this: of heads that fill vectors, or warps."""
+    if has_float64(x, *others):
+        return False
+    if x.is_cuda:
+        return x.shape[-1] in (32 * heads, 64 * heads, 128 * heads) and library.has_cuda()
+    return x.is_cpu and library.COMPILED and x.shape[-1] % (16 * heads) == 0
 
 
 def _run(
@@ -151,23 +156,25 @@ def _register(name: str) -> None:
     def _(*tensors_and):
         return tuple(x.new_empty(x.shape) for x in tensors_and[:count])
 
-    @torch.library.impl(f"visualrwkv::{name}", "CPU")
-    def _(*tensors_and):
+    def forward(call, *tensors_and):
         *tensors, heads, eps = tensors_and
-        tensors = [x.contiguous() for x in tensors]
+        tensors = [aligned(x) for x in tensors]
         found = tuple(torch.empty_like(tensors[0]) for _ in outputs)
-        _call(name, heads, eps, *tensors, *found)
+        call(name, heads, eps, *tensors, *found)
         return found if len(found) > 1 else found[0]
 
-    @torch.library.impl(f"visualrwkv::{name}_backward", "CPU")
-    def _(*tensors_and):
+    def slopes_of(call, *tensors_and):
         heads, eps = tensors_and[count : count + 2]
-        rows, weights = [x.contiguous() for x in tensors_and[: count - 1]], tensors_and[count - 1].contiguous()
-        slopes = [x.to(rows[0].dtype).contiguous() for x in tensors_and[count + 2 :]]
+        *rows, weights = [aligned(x) for x in tensors_and[:count]]
+        slopes = [aligned(x.to(rows[0].dtype)) for x in tensors_and[count + 2 :]]
         found = [torch.empty_like(x) for x in rows]
         parts = weights.new_empty((-(-rows[0].shape[0] // PIECE), *weights.shape))
-        _call(f"{name}_backward", heads, eps, *rows, weights, *slopes, *found, parts)
+        call(f"{name}_backward", heads, eps, *rows, weights, *slopes, *found, parts)
         return *found, parts.sum(0)
+
+    for device, call in (("CPU", _call_cpu), ("CUDA", _call_cuda)):
+        torch.library.impl(f"visualrwkv::{name}", device, partial(forward, call))
+        torch.library.impl(f"visualrwkv::{name}_backward", device, partial(slopes_of, call))
 
     def setup_context(ctx, inputs, output):
         *tensors, ctx.heads, ctx.eps = inputs
@@ -180,12 +187,18 @@ def _register(name: str) -> None:
     torch.library.register_autograd(f"visualrwkv::{name}", backward, setup_context=setup_context)
 
 
-def _call(name: str, heads: int, eps: float, x: Tensor, *tensors: Tensor) -> None:
+def _call_cpu(name: str, heads: int, eps: float, x: Tensor, *tensors: Tensor) -> None:
     """Call a C function: rows, heads, head size and eps come before the tensors."""
     T, C = x.shape
     words = (c_int64, c_int64, c_int64, c_float, *(c_void_p,) * (1 + len(tensors)))
     call = library.function(f"visualrwkv_{name}{library.ON_CPU[x.dtype]}", *words)
     call(T, heads, C // heads, eps, *(t.data_ptr() for t in (x, *tensors)))
+
+
+def _call_cuda(name: str, heads: int, eps: float, x: Tensor, *tensors: Tensor) -> None:
+    """Start a CUDA function: dtype, rows, heads, head size and eps come before the tensors."""
+    T, C = x.shape
+    library.launch(name, library.DTYPE_CODES[x.dtype], T, heads, C // heads, float(eps), x, *tensors)
 
 
 def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -183,8 +183,8 @@ def check_steps() -> list[str]:
         mix, delta = torch.rand(5, 96, device="cuda"), torch.randn(5, 2, 77, 96, device="cuda").to(dtype) * 0.1
         judge(
             f"token_mix {str(dtype)[6:]}",
-            token_mix(x, None, mix, delta),
-            token_mix_torch(x.double(), None, mix.double(), delta.double()),
+            torch.stack(token_mix(x, None, mix, delta)),
+            torch.stack(token_mix_torch(x.double(), None, mix.double(), delta.double())),
             bound,
         )
         for name, gate in GATES.items():
@@ -214,7 +214,8 @@ def touch() -> None:
         leaves = [x.requires_grad_() for x in picture_inputs(2, 83, 37, dtype)]
         bi_wkv(*leaves).float().sum().backward()
         x = torch.randn(1, 83, 36, device="cuda", requires_grad=True)
-        token_mix(x.to(dtype), None, torch.rand(3, 36, device="cuda", requires_grad=True)).float().sum().backward()
+        mixed = token_mix(x.to(dtype), None, torch.rand(3, 36, device="cuda", requires_grad=True))
+        torch.stack(mixed).float().sum().backward()
     failed = check_steps()
     assert not failed
     torch.cuda.synchronize()

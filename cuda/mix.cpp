@@ -4,8 +4,8 @@
 //
 // One pass over memory, the rows in fixed pieces, so that sums do not depend on the number of threads.
 //
-// Layout: x (rows, C) with the sequences one after another in the rows, last (S, C), mix (M, C), delta and out
-// (M, rows, C). x, delta and out are all fp32 or all bf16, or x alone is fp32; sums and products are fp32.
+// Layout: x (rows, C) with the sequences one after another in the rows, last (S, C), mix (M, C), delta (M, rows, C), out
+// M tensors (rows, C). x, delta and out are all fp32 or all bf16, or x alone is fp32; sums and products are fp32.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -62,7 +62,7 @@ struct Walk {
 };
 
 template <typename X, typename T>
-void forward(const Sizes& sizes, const X* x, const float* last, const float* mix, const T* delta, T* out) {
+void forward(const Sizes& sizes, const X* x, const float* last, const float* mix, const T* delta, T* const* out) {
     const int64_t rows = sizes.rows(), M = sizes.M, C = sizes.C;
 #pragma omp parallel if (rows * C * M > PARALLEL_WORK)
     {
@@ -74,7 +74,7 @@ void forward(const Sizes& sizes, const X* x, const float* last, const float* mix
                 const X *__restrict now = walk.now(), *__restrict before = walk.before();
                 for (int64_t m = 0; m < M; m++) {
                     const float* __restrict weight = mix + m * C;
-                    T* __restrict to = out + (m * rows + walk.row) * C;
+                    T* __restrict to = out[m] + walk.row * C;
                     const T* __restrict more = delta + (delta ? (m * rows + walk.row) * C : 0);
                     if (delta) {
                         for (int64_t c = 0; c < C; c++) {
@@ -94,7 +94,7 @@ void forward(const Sizes& sizes, const X* x, const float* last, const float* mix
 }
 
 template <typename X, typename T>
-void backward(const Sizes& sizes, const X* x, const float* last, const float* mix, const T* delta, const T* dout,
+void backward(const Sizes& sizes, const X* x, const float* last, const float* mix, const T* delta, const T* const* dout,
               X* dx, float* dlast, float* dmix_parts, T* ddelta) {
     const int64_t rows = sizes.rows(), M = sizes.M, C = sizes.C;
 #pragma omp parallel if (rows * C * M > PARALLEL_WORK)
@@ -122,7 +122,7 @@ void backward(const Sizes& sizes, const X* x, const float* last, const float* mi
                 for (int64_t m = 0; m < M; m++) {
                     const int64_t at = (m * rows + walk.row) * C;
                     const float* __restrict weight = mix + m * C;
-                    const T *__restrict g = dout + at, *__restrict more = delta + (delta ? at : 0);
+                    const T *__restrict g = dout[m] + walk.row * C, *__restrict more = delta + (delta ? at : 0);
                     float* __restrict dmix = dmix_parts + (piece * M + m) * C;
                     T* __restrict dmore = ddelta + (delta ? at : 0);
                     if (!ours && delta) {
@@ -165,7 +165,7 @@ void backward(const Sizes& sizes, const X* x, const float* last, const float* mi
 // delta may be null.
 #define FORWARD(name, X, T)                                                                                       \
     EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t M, int64_t C, const X* x,     \
-                 const float* last, const float* mix, const T* delta, T* out) {                                   \
+                 const float* last, const float* mix, const T* delta, T* const* out) {                            \
         forward<X, T>({sequences, length, offsets, M, C}, x, last, mix, delta, out);                              \
     }
 FORWARD(visualrwkv_mix_forward, float, float)
@@ -175,7 +175,7 @@ FORWARD(visualrwkv_mix_forward_narrow, float, simd::bf16)
 // delta and ddelta may be null. dmix_parts (pieces, M, C): partial sums for the caller to add up in a fixed order.
 #define BACKWARD(name, X, T)                                                                                      \
     EXPORT(name)(int64_t sequences, int64_t length, const int64_t* offsets, int64_t M, int64_t C, const X* x,     \
-                 const float* last, const float* mix, const T* delta, const T* dout, X* dx, float* dlast,         \
+                 const float* last, const float* mix, const T* delta, const T* const* dout, X* dx, float* dlast,  \
                  float* dmix_parts, T* ddelta) {                                                                  \
         const Sizes sizes{sequences, length, offsets, M, C};                                                      \
         backward<X, T>(sizes, x, last, mix, delta, dout, dx, dlast, dmix_parts, ddelta);                          \

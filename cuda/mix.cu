@@ -2,9 +2,9 @@
 //
 //     out[m]_t = x_t + (s_t - x_t) c[m]_t        c[m]_t = mix[m] + delta[m]_t
 //
-// Layout: x (rows, C) with the sequences one after another in the rows, last (S, C) and mix (M, C) fp32, delta and out
-// (M, rows, C). A thread has VALUES neighbouring channels and walks RUN rows, so it reads each row once and knows the
-// one before; a block has RUN rows for each of its warps.
+// Layout: x (rows, C) with the sequences one after another in the rows, last (S, C) and mix (M, C) fp32, delta
+// (M, rows, C), out M tensors (rows, C). A thread has VALUES neighbouring channels and walks RUN rows, so it reads each
+// row once and knows the one before; a block has RUN rows for each of its warps.
 #include "gpu.cuh"
 
 namespace {
@@ -39,6 +39,12 @@ __device__ __forceinline__ int64_t sequence_of(const Sequences& sequences, int64
     }
     return __shfl_sync(gpu::ALL_LANES, low, 0);
 }
+
+// One tensor for each mixture.
+template <typename T>
+struct Mixtures {
+    T* of[MOST];
+};
 
 // The rows of a thread in order.
 template <int VALUES>
@@ -99,7 +105,7 @@ __device__ __forceinline__ Values<VALUES> token_before(const Sizes& sizes, const
 
 template <typename T, int VALUES>
 __global__ void __launch_bounds__(WARPS* WARP)
-    forward(Sizes sizes, const T* x, const float* last, const float* mix_all, const T* delta, T* out) {
+    forward(Sizes sizes, const T* x, const float* last, const float* mix_all, const T* delta, Mixtures<T> out) {
     Walk<VALUES> walk(sizes);
     const float* mix = read_mix<VALUES>(sizes, mix_all, walk.channel);
     if (walk.row >= walk.end) return;
@@ -114,7 +120,7 @@ __global__ void __launch_bounds__(WARPS* WARP)
             Values<VALUES> mixed = weights<VALUES>(mix, m, delta, at);
 #pragma unroll
             for (int i = 0; i < VALUES; i++) mixed.at[i] = now.at[i] + (before.at[i] - now.at[i]) * mixed.at[i];
-            write(out + at, mixed);
+            write(out.of[m] + walk.row * sizes.C + walk.channel, mixed);
         }
         before = now;
     }
@@ -122,8 +128,8 @@ __global__ void __launch_bounds__(WARPS* WARP)
 
 template <typename T, int VALUES>
 __global__ void __launch_bounds__(WARPS* WARP)
-    backward(Sizes sizes, const T* x, const float* last, const float* mix_all, const T* delta, const T* dout, T* dx,
-             float* dlast, float* dmix_parts, T* ddelta) {
+    backward(Sizes sizes, const T* x, const float* last, const float* mix_all, const T* delta, Mixtures<const T> dout,
+             T* dx, float* dlast, float* dmix_parts, T* ddelta) {
     Walk<VALUES> walk(sizes);
     const int64_t channel = walk.channel, C = sizes.C;
     const float* mix = read_mix<VALUES>(sizes, mix_all, channel);
@@ -143,7 +149,8 @@ __global__ void __launch_bounds__(WARPS* WARP)
             for (int m = 0; m < MOST; m++) {
                 if (m == sizes.M) break;
                 const int64_t at = (m * sizes.rows + walk.row) * C + channel;
-                const Values<VALUES> g = read<VALUES>(dout + at), c = weights<VALUES>(mix, m, delta, at);
+                const Values<VALUES> g = read<VALUES>(dout.of[m] + walk.row * C + channel);
+                const Values<VALUES> c = weights<VALUES>(mix, m, delta, at);
                 Values<VALUES> d;
 #pragma unroll
                 for (int i = 0; i < VALUES; i++) {
@@ -190,24 +197,33 @@ __global__ void __launch_bounds__(WARPS* WARP)
     }
 }
 
+// What a kernel reads and writes; of the mixtures arrays of M pointers in the host's memory.
 struct Pointers {
     const void* x;
     const float *last, *mix;
-    const void *delta, *dout;
-    void *out, *dx;
+    const void* delta;
+    const void* const* dout;
+    void* const* out;
+    void* dx;
     float *dlast, *dmix_parts;
     void* ddelta;
 
-    bool aligned() const {  // to packs of four
+    bool aligned(int64_t M) const {  // to packs of four
         uintptr_t bits = 0;
-        for (const void* p : {x, static_cast<const void*>(last), static_cast<const void*>(mix), delta, dout,
-                              static_cast<const void*>(out), static_cast<const void*>(dx),
-                              static_cast<const void*>(dlast), static_cast<const void*>(dmix_parts),
-                              static_cast<const void*>(ddelta)})
-            bits |= reinterpret_cast<uintptr_t>(p);
+        const auto see = [&](const void* p) { bits |= reinterpret_cast<uintptr_t>(p); };
+        for (const void* p : {x, delta, static_cast<const void*>(dx), static_cast<const void*>(ddelta)}) see(p);
+        for (const float* p : {last, mix, static_cast<const float*>(dlast), static_cast<const float*>(dmix_parts)}) see(p);
+        for (int m = 0; m < M; m++) see(dout ? dout[m] : out[m]);
         return bits % 16 == 0;
     }
 };
+
+template <typename T, typename P>
+Mixtures<T> mixtures(P* const* from, int64_t M) {
+    Mixtures<T> to = {};
+    for (int m = 0; m < M; m++) to.of[m] = static_cast<T*>(from[m]);
+    return to;
+}
 
 template <typename T, int VALUES>
 int start(const Sizes& sizes, const Pointers& p, cudaStream_t stream) {
@@ -218,9 +234,9 @@ int start(const Sizes& sizes, const Pointers& p, cudaStream_t stream) {
     const T *x = static_cast<const T*>(p.x), *delta = static_cast<const T*>(p.delta);
     if (!p.dout)
         return gpu::launch(forward<T, VALUES>, grid, block, shared, stream, sizes, x, p.last, p.mix, delta,
-                           static_cast<T*>(p.out));
+                           mixtures<T>(p.out, sizes.M));
     return gpu::launch(backward<T, VALUES>, grid, block, shared, stream, sizes, x, p.last, p.mix, delta,
-                       static_cast<const T*>(p.dout), static_cast<T*>(p.dx), p.dlast, p.dmix_parts,
+                       mixtures<const T>(p.dout, sizes.M), static_cast<T*>(p.dx), p.dlast, p.dmix_parts,
                        static_cast<T*>(p.ddelta));
 }
 
@@ -228,7 +244,7 @@ int start(int64_t dtype, int64_t sequences, int64_t length, const int64_t* offse
           const Pointers& p, cudaStream_t stream) {
     const Sizes sizes = {{sequences, length, offsets}, rows, M, C};
     if (M < 1 || M > MOST || rows < 1 || C < 1) return 1;
-    const bool packs = C % 4 == 0 && p.aligned();
+    const bool packs = C % 4 == 0 && p.aligned(M);
     if (dtype == gpu::FLOAT32) return packs ? start<float, 4>(sizes, p, stream) : start<float, 1>(sizes, p, stream);
     if (dtype == gpu::BFLOAT16)
         return packs ? start<gpu::bf16, 4>(sizes, p, stream) : start<gpu::bf16, 1>(sizes, p, stream);
@@ -237,18 +253,18 @@ int start(int64_t dtype, int64_t sequences, int64_t length, const int64_t* offse
 
 }  // namespace
 
-// offsets (S + 1) in device memory, or null for sequences of one length; delta may be null.
+// offsets (S + 1) in device memory, or null for sequences of one length; delta may be null; out: M pointers, on the host.
 extern "C" int visualrwkv_cuda_mix_forward(int64_t dtype, int64_t sequences, int64_t length, const int64_t* offsets,
                                            int64_t rows, int64_t M, int64_t C, const void* x, const float* last,
-                                           const float* mix, const void* delta, void* out, cudaStream_t stream) {
-    const Pointers p = {x, last, mix, delta, nullptr, out, nullptr, nullptr, nullptr, nullptr};
+                                           const float* mix, const void* delta, void* const* out, cudaStream_t stream) {
+    const Pointers p = {x, last, mix, delta, nullptr, out};
     return start(dtype, sequences, length, offsets, rows, M, C, p, stream);
 }
 
 // dmix_parts (pieces of 64 rows, M, C): partial sums for the caller to add up in a fixed order; ddelta null with delta.
 extern "C" int visualrwkv_cuda_mix_backward(int64_t dtype, int64_t sequences, int64_t length, const int64_t* offsets,
                                             int64_t rows, int64_t M, int64_t C, const void* x, const float* last,
-                                            const float* mix, const void* delta, const void* dout, void* dx,
+                                            const float* mix, const void* delta, const void* const* dout, void* dx,
                                             float* dlast, float* dmix_parts, void* ddelta, cudaStream_t stream) {
     const Pointers p = {x, last, mix, delta, dout, nullptr, dx, dlast, dmix_parts, ddelta};
     return start(dtype, sequences, length, offsets, rows, M, C, p, stream);

@@ -29,10 +29,10 @@ def on_cuda(x, last, mix_, delta, cu_seqlens):
         @staticmethod
         def forward(ctx, *tensors):
             ctx.save_for_backward(*tensors)
-            return mix._forward_cuda(*tensors, cu_seqlens)
+            return tuple(mix._forward_cuda(*tensors, cu_seqlens))
 
         @staticmethod
-        def backward(ctx, dout):
+        def backward(ctx, *dout):
             *gradients, ddelta = mix._backward_cuda(*ctx.saved_tensors, cu_seqlens, dout)
             return *gradients, None if ctx.saved_tensors[3] is None else ddelta
 
@@ -62,7 +62,7 @@ def form(request):
 def run(form, inputs, cu_seqlens=None, dtype=None):
     """Output and every gradient; `dtype` None: as the inputs are."""
     leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
-    out = form(*leaves, cu_seqlens)
+    out = torch.stack(form(*leaves, cu_seqlens))
     given = [x for x in leaves if x is not None]
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(inputs[0].dtype).to(out)
     gradients = torch.autograd.grad(out, given, dout)
@@ -88,7 +88,7 @@ def test_torch_form_is_the_equation(starts):
         wanted[m, b, t] = x[b, t] + (before - x[b, t]) * (weights[m] + delta[m, b, t])
     cu_seqlens = torch.tensor(starts) if starts else None
     found = token_mix_torch(*map(torch.tensor, (x, last, weights, delta)), cu_seqlens)
-    np.testing.assert_allclose(found, wanted, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(torch.stack(found), wanted, rtol=1e-13, atol=1e-13)
 
 
 def test_torch_gradients_are_the_slopes():
@@ -122,7 +122,7 @@ def test_packed_sequences_stand_alone(form, lengths, dtype):
     def apart(x, last, weights, delta, _):
         rows = [slice(a, b) for a, b in pairwise(cu_seqlens)]
         parts = [token_mix_torch(x[:, s], last[i : i + 1], weights, delta[:, :, s]) for i, s in enumerate(rows)]
-        return torch.cat(parts, 2)
+        return [torch.cat(part, 1) for part in zip(*parts)]
 
     wanted = run(apart, inputs, dtype=torch.float64)
     assert_close(run(form, inputs, cu_seqlens), wanted)
@@ -161,7 +161,7 @@ def test_a_broken_number_reaches_its_own_and_the_next_token_alone(form):
     for t, reached in ((2, [2, 3]), (5, [5])):
         broken = x.clone()
         broken[0, t, 3] = torch.nan
-        out = form(broken, last, weights, delta, cu_seqlens)
+        out = torch.stack(form(broken, last, weights, delta, cu_seqlens))
         assert out.isnan().any(3).any(0)[0].nonzero()[:, 0].tolist() == reached
         assert out[..., [0, 1, 2, 4, 5, 6, 7]].isfinite().all()
 
@@ -170,7 +170,7 @@ def test_what_came_before_is_zero_unless_given(compiled):
     x, _, weights, delta = make(2, 5, 8, 2)
     zeros = torch.zeros(2, 8)
     for form in (token_mix, token_mix_torch, compiled):
-        assert torch.equal(form(x, None, weights, delta), form(x, zeros, weights, delta))
+        assert all(map(torch.equal, form(x, None, weights, delta), form(x, zeros, weights, delta)))
     torch.testing.assert_close(token_shift(x, None), torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
 
 
@@ -189,7 +189,7 @@ def test_rounding_to_bf16(compiled):
     x = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001, 0x3F808000, 0x3F818000, 0x3F808001, 0x00008001, 0x7F7FFFFF])
     x = x.to(torch.int32).view(torch.float32)  # three that are no number, three halves and next to them, the largest
     out = compiled(torch.zeros(1, 1, 8).bfloat16(), x[None], torch.ones(1, 8), None)
-    torch.testing.assert_close(out[0, 0, 0], x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(out[0][0, 0], x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("with_delta", [True, False])
@@ -202,9 +202,9 @@ def test_under_autocast_the_result_is_rounded_and_nothing_else(compiled, monkeyp
     wide = [t.requires_grad_() for t in make(1, 300, 24, 3)[:3]]
     wide.append(delta.clone().requires_grad_() if with_delta else None)
     narrow = [None if t is None else t.detach().clone().requires_grad_() for t in wide]
-    want = token_mix(*wide[:3], wide[3].float() if with_delta else None).bfloat16()
+    want = torch.stack(token_mix(*wide[:3], wide[3].float() if with_delta else None)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        out = token_mix(*narrow)
+        out = torch.stack(token_mix(*narrow))
     assert out.dtype is torch.bfloat16
     assert torch.equal(out, want)
     for leaves, y in ((wide, want), (narrow, out)):
@@ -244,29 +244,31 @@ def test_opcheck(compiled, dtype):
     x, last, weights, delta = make(1, 5, 9, 2, sequences=2, dtype=dtype)
     cu_seqlens = torch.tensor([0, 2, 5])
     leaves = [t.requires_grad_() for t in (x, last, weights, delta)]
-    torch.library.opcheck(torch.ops.visualrwkv.token_mix_forward, (*leaves, cu_seqlens))
-    torch.library.opcheck(torch.ops.visualrwkv.token_mix_forward, (leaves[0], leaves[1][:1], leaves[2], None, None))
+    torch.library.opcheck(torch.ops.visualrwkv.token_mix_forward, (*leaves, cu_seqlens, False))
+    torch.library.opcheck(
+        torch.ops.visualrwkv.token_mix_forward, (leaves[0], leaves[1][:1], leaves[2], None, None, False)
+    )
     values = [t.detach() for t in leaves]
-    torch.library.opcheck(torch.ops.visualrwkv.token_mix_backward, (*values, cu_seqlens, torch.randn_like(delta)))
+    torch.library.opcheck(torch.ops.visualrwkv.token_mix_backward, (*values, cu_seqlens, list(torch.randn_like(delta))))
     if dtype is torch.float32:
         narrow = delta.detach().bfloat16()
         forward, backward = torch.ops.visualrwkv.token_mix_forward, torch.ops.visualrwkv.token_mix_backward
         torch.library.opcheck(forward, (*leaves[:3], narrow.requires_grad_(), cu_seqlens, True))
         torch.library.opcheck(forward, (*leaves[:3], None, cu_seqlens, True))
         for more in (narrow.detach(), None):
-            torch.library.opcheck(backward, (*values[:3], more, cu_seqlens, torch.randn_like(narrow)))
+            torch.library.opcheck(backward, (*values[:3], more, cu_seqlens, list(torch.randn_like(narrow))))
 
 
 def test_torch_compile(compiled):
     inputs, cu_seqlens = make(1, 12, 9, 2, sequences=2), torch.tensor([0, 5, 12])
-    graph = torch.compile(lambda *a: compiled(*a) * 2, fullgraph=True, backend="aot_eager")
-    assert_close(run(graph, inputs, cu_seqlens), run(lambda *a: compiled(*a) * 2, inputs, cu_seqlens))
+    graph = torch.compile(lambda *a: [y * 2 for y in compiled(*a)], fullgraph=True, backend="aot_eager")
+    assert_close(run(graph, inputs, cu_seqlens), run(lambda *a: [y * 2 for y in compiled(*a)], inputs, cu_seqlens))
 
 
 def test_public_op_takes_float64():
     inputs = [x.double() for x in make(1, 6, 5, 2)]
     out = token_mix(*inputs)
-    assert out.dtype == torch.float64
+    assert out[0].dtype == torch.float64
     torch.testing.assert_close(out, token_mix_torch(*inputs), rtol=0, atol=0)
 
 

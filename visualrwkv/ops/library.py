@@ -130,10 +130,11 @@ def function(name: str, *argtypes: type):  # -> a ctypes function returning noth
     return found
 
 
-def launch(name: str, *arguments: Tensor | int | float | None) -> None:
+def launch(name: str, *arguments: Tensor | list[Tensor] | int | float | None) -> None:
     """Call `visualrwkv_cuda_<name>` on the current stream of the tensors' device.
 
-    Tensors (contiguous) become pointers, None a null pointer, int an int64, float a C float. RuntimeError with CUDA's
+    Tensors (contiguous) become pointers, a list of them an array of these, None a null pointer, int an int64, float a C
+    float. RuntimeError with CUDA's
     words if a kernel cannot start; what happens inside one shows, as always with CUDA, at a later synchronisation.
     """
     device = next(a.device for a in arguments if isinstance(a, Tensor))
@@ -153,7 +154,14 @@ def launch(name: str, *arguments: Tensor | int | float | None) -> None:
         )
 
 
-def _c(argument: Tensor | int | float | None) -> Any:
+def pointers(tensors: list[Tensor]) -> Any:
+    """Where these are, as a C array."""
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
+def _c(argument: Tensor | list[Tensor] | int | float | None) -> Any:
+    if isinstance(argument, list):
+        return pointers(argument)
     if argument is None or isinstance(argument, Tensor):
         return ctypes.c_void_p(None if argument is None else argument.data_ptr())
     return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)

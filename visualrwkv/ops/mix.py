@@ -20,8 +20,8 @@ MOST_ON_CUDA = 8  # mixtures: MOST in cuda/mix.cu
 
 def token_mix(
     x: Tensor, last: Tensor | None, mix: Tensor, delta: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """Mix every token with its predecessor: x (B, T, C), mix (M, C), delta (M, B, T, C) → (M, B, T, C) in x's dtype.
+) -> tuple[Tensor, ...]:
+    """Mix every token with its predecessor: x (B, T, C), mix (M, C), delta (M, B, T, C) → M tensors (B, T, C) in x's dtype.
 
     last (B, C) is what came before each sequence, or None for zeros. cu_seqlens (S + 1,) int32 or int64, rising from 0
     to T: the row (B = 1) holds S sequences one after another, the shift restarts at each, and last is (S, C). Inputs
@@ -38,7 +38,7 @@ def token_mix(
     if compiled and not sequences.has_float64(x, last, mix, delta):
         return token_mix_compiled(x, last, mix, delta, cu_seqlens, narrow)
     out = token_mix_torch(x, last, mix, delta, cu_seqlens)
-    return out.to(torch.bfloat16) if narrow else out
+    return tuple(y.to(torch.bfloat16) for y in out) if narrow else out
 
 
 def token_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -52,10 +52,10 @@ def token_shift(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None
 
 def token_mix_torch(
     x: Tensor, last: Tensor | None, mix: Tensor, delta: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """The equation, in plain torch on any device; shapes as in `token_mix`."""
     weights = mix[:, None, None] if delta is None else mix[:, None, None] + delta  # (M, B or 1, T or 1, C)
-    return torch.addcmul(x, token_shift(x, last, cu_seqlens) - x, weights).to(x.dtype)
+    return torch.addcmul(x, token_shift(x, last, cu_seqlens) - x, weights).to(x.dtype).unbind(0)
 
 
 # The compiled form ---------------------------------------------------------------------------------------------------
@@ -68,29 +68,29 @@ def token_mix_compiled(
     delta: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     narrow: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """One pass in C++ or CUDA, computed in fp32; shapes as in `token_mix`. narrow: of x in fp32 the result is bf16 (CPU)."""
     dtype = x.dtype if x.dtype in (library.DTYPE_CODES if x.is_cuda else library.ON_CPU) else torch.float32
     delta = None if delta is None else delta.to(torch.bfloat16 if narrow else dtype)
     arguments = (x.to(dtype), _last(x, last, cu_seqlens).float(), mix.float(), delta, cu_seqlens, narrow)
     out = torch.ops.visualrwkv.token_mix_forward(*arguments)
-    return out if narrow else out.to(x.dtype)
+    return tuple(y if narrow else y.to(x.dtype) for y in out)
 
 
 torch.library.define(
     "visualrwkv::token_mix_forward",
-    "(Tensor x, Tensor last, Tensor mix, Tensor? delta, Tensor? cu_seqlens, bool narrow=False) -> Tensor",
+    "(Tensor x, Tensor last, Tensor mix, Tensor? delta, Tensor? cu_seqlens, bool narrow) -> Tensor[]",
 )
 torch.library.define(
     "visualrwkv::token_mix_backward",
-    "(Tensor x, Tensor last, Tensor mix, Tensor? delta, Tensor? cu_seqlens, Tensor dout)"
+    "(Tensor x, Tensor last, Tensor mix, Tensor? delta, Tensor? cu_seqlens, Tensor[] dout)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("visualrwkv::token_mix_forward")
-def _(x, last, mix, delta, cu_seqlens, narrow=False):
-    return x.new_empty((mix.shape[0], *x.shape), dtype=torch.bfloat16 if narrow else x.dtype)
+def _(x, last, mix, delta, cu_seqlens, narrow):
+    return _mixtures(x, mix, narrow)
 
 
 @torch.library.register_fake("visualrwkv::token_mix_backward")
@@ -100,36 +100,39 @@ def _(x, last, mix, delta, cu_seqlens, dout):
 
 
 @torch.library.impl("visualrwkv::token_mix_forward", "CPU")
-def _(x, last, mix, delta, cu_seqlens, narrow=False):
+def _(x, last, mix, delta, cu_seqlens, narrow):
     x, last, mix, delta = (None if t is None else t.contiguous() for t in (x, last, mix, delta))
     count, offsets = sequences.offsets(cu_seqlens, *x.shape[:2])
-    out = x.new_empty((mix.shape[0], *x.shape), dtype=torch.bfloat16 if narrow else x.dtype)
-    c_forward = library.function(f"visualrwkv_mix_forward{_ending(x, out)}", *_sizes_and(5))
-    c_forward(count, x.shape[1], _at(offsets), *mix.shape, *(_at(t) for t in (x, last, mix, delta, out)))
+    out = _mixtures(x, mix, narrow)
+    c_forward = library.function(f"visualrwkv_mix_forward{_ending(x, out[0])}", *_sizes_and(5))
+    tensors = (_at(t) for t in (x, last, mix, delta))
+    c_forward(count, x.shape[1], _at(offsets), *mix.shape, *tensors, library.pointers(out))
     return out
 
 
 @torch.library.impl("visualrwkv::token_mix_backward", "CPU")
 def _(x, last, mix, delta, cu_seqlens, dout):
-    dout = dout.to(x.dtype) if x.dtype is torch.bfloat16 else dout
-    x, last, mix, delta, dout = (None if t is None else t.contiguous() for t in (x, last, mix, delta, dout))
+    x, last, mix, delta = (None if t is None else t.contiguous() for t in (x, last, mix, delta))
+    dout = [g.to(x.dtype if x.dtype is torch.bfloat16 else g.dtype).contiguous() for g in dout]
     count, offsets = sequences.offsets(cu_seqlens, *x.shape[:2])
     dx, dlast, dmix_parts, ddelta = _gradients(x, last, mix, delta, PIECE["cpu"])
-    c_backward = library.function(f"visualrwkv_mix_backward{_ending(x, dout)}", *_sizes_and(9))
-    tensors = (x, last, mix, delta, dout, dx, dlast, dmix_parts, None if delta is None else ddelta)
-    c_backward(count, x.shape[1], _at(offsets), *mix.shape, *(_at(t) for t in tensors))
+    c_backward = library.function(f"visualrwkv_mix_backward{_ending(x, dout[0])}", *_sizes_and(9))
+    inputs = (_at(t) for t in (x, last, mix, delta))
+    gradients = (_at(t) for t in (dx, dlast, dmix_parts, None if delta is None else ddelta))
+    c_backward(count, x.shape[1], _at(offsets), *mix.shape, *inputs, library.pointers(dout), *gradients)
     return dx, dlast, dmix_parts.sum(0), ddelta
 
 
 def _forward_cuda(x, last, mix, delta, cu_seqlens, narrow=False):
     x, last, mix, delta = (None if t is None else t.contiguous() for t in (x, last, mix, delta))
-    out = x.new_empty((mix.shape[0], *x.shape))
+    out = _mixtures(x, mix, False)
     library.launch("mix_forward", *_sizes_on_cuda(x, last, mix, cu_seqlens), x, last, mix, delta, out)
     return out
 
 
 def _backward_cuda(x, last, mix, delta, cu_seqlens, dout):
-    x, last, mix, delta, dout = (None if t is None else t.contiguous() for t in (x, last, mix, delta, dout))
+    x, last, mix, delta = (None if t is None else t.contiguous() for t in (x, last, mix, delta))
+    dout = [g.contiguous() for g in dout]
     dx, dlast, dmix_parts, ddelta = _gradients(x, last, mix, delta, PIECE["cuda"])
     tensors = (x, last, mix, delta, dout, dx, dlast, dmix_parts, None if delta is None else ddelta)
     library.launch("mix_backward", *_sizes_on_cuda(x, last, mix, cu_seqlens), *tensors)
@@ -138,6 +141,11 @@ def _backward_cuda(x, last, mix, delta, cu_seqlens, dout):
 
 torch.library.impl("visualrwkv::token_mix_forward", "CUDA", _forward_cuda)
 torch.library.impl("visualrwkv::token_mix_backward", "CUDA", _backward_cuda)
+
+
+def _mixtures(x: Tensor, mix: Tensor, narrow: bool) -> list[Tensor]:
+    """Room for what comes out."""
+    return [x.new_empty(x.shape, dtype=torch.bfloat16 if narrow else x.dtype) for _ in range(mix.shape[0])]
 
 
 def _gradients(x: Tensor, last: Tensor, mix: Tensor, delta: Tensor | None, piece: int) -> tuple[Tensor, ...]:
@@ -172,10 +180,12 @@ def _sizes_on_cuda(x: Tensor, last: Tensor, mix: Tensor, cu_seqlens: Tensor | No
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5])
+    ctx.dtype = output[0].dtype
 
 
 def _backward(ctx, dout):
     inputs = ctx.saved_tensors  # read once: activation checkpointing gives them a single time
+    dout = [torch.zeros_like(inputs[0], dtype=ctx.dtype) if g is None else g for g in dout]
     dx, dlast, dmix, ddelta = torch.ops.visualrwkv.token_mix_backward(*inputs, dout)
     return dx, dlast, dmix, None if inputs[3] is None else ddelta, None, None
 

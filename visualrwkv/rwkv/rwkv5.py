@@ -62,7 +62,7 @@ class TimeMix(nn.Module):
         T, C = x.shape
         H, N = self.n_head, self.head_size
         kept = torch.cat([self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g], 1)[0]
-        xk, xv, xr, xg = token_mix(x[None], last, 1 - kept, None, cu_seqlens).squeeze(1).unbind(0)
+        xk, xv, xr, xg = (y.squeeze(0) for y in token_mix(x[None], last, 1 - kept, None, cu_seqlens))
         r, k, v = (t.view(1, T, H, N) for t in (self.receptance(xr), self.key(xk), self.value(xv)))
         w = self.time_decay.to(r.dtype).expand(1, T, H, N)
         y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, cu_seqlens)
@@ -88,7 +88,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
         """x (T, C), last (S, C) -> (T, C)."""
         kept = torch.cat([self.time_mix_k, self.time_mix_r], 1)[0]
-        xk, xr = token_mix(x[None], last, 1 - kept, None, cu_seqlens).squeeze(1).unbind(0)
+        xk, xr = (y.squeeze(0) for y in token_mix(x[None], last, 1 - kept, None, cu_seqlens))
         return torch.sigmoid(self.receptance(xr)) * self.value(relu_squared(self.key(xk)))
 
 

@@ -73,10 +73,10 @@ class TimeMix(nn.Module):
         T, C = x.shape
         H, N = self.n_head, self.head_size
         row = x[None]
-        p = torch.tanh(token_mix(row, last, self.time_maa_x[0], None, cu_seqlens)[0, 0] @ self.time_maa_w1)
+        p = torch.tanh(token_mix(row, last, self.time_maa_x[0], None, cu_seqlens)[0].squeeze(0) @ self.time_maa_w1)
         delta = torch.bmm(p.view(T, 5, -1).transpose(0, 1), self.time_maa_w2)  # (5, T, C)
         maa = torch.cat([self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g], 1)[0]
-        xw, xk, xv, xr, xg = token_mix(row, last, maa, delta[:, None], cu_seqlens).squeeze(1).unbind(0)
+        xw, xk, xv, xr, xg = (y.squeeze(0) for y in token_mix(row, last, maa, delta[:, None], cu_seqlens))
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         g = F.silu(self.gate(xg))
         w = self.time_decay[0] + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
@@ -105,7 +105,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
         """x (T, C), last (S, C) -> (T, C)."""
         maa = torch.cat([self.time_maa_k, self.time_maa_r], 1)[0]
-        xk, xr = token_mix(x[None], last, maa, None, cu_seqlens).squeeze(1).unbind(0)
+        xk, xr = (y.squeeze(0) for y in token_mix(x[None], last, maa, None, cu_seqlens))
         k = relu_squared(self.key(xk))
         r = torch.sigmoid(self.receptance(xr))
         return r * self.value(k)

@@ -92,7 +92,7 @@ class TimeMix(nn.Module):
         T, C = x.shape
         H, N = self.n_head, self.head_size
         mixes = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g], 1)[0]
-        xr, xw, xk, xv, xa, xg = token_mix(x[None], last, mixes, None, cu_seqlens).squeeze(1).unbind(0)
+        xr, xw, xk, xv, xa, xg = (y.squeeze(0) for y in token_mix(x[None], last, mixes, None, cu_seqlens))
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         decay, rate = torch.tanh(xw @ self.w1) @ self.w2, (xa @ self.a1) @ self.a2
         gate = torch.sigmoid(xg @ self.g1) @ self.g2
@@ -129,7 +129,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, last: Tensor | None) -> Tensor:
         """x (T, C), last (S, C) -> (T, C)."""
-        return self.value(relu_squared(self.key(token_mix(x[None], last, self.x_k[0], None, cu_seqlens)[0, 0])))
+        return self.value(relu_squared(self.key(token_mix(x[None], last, self.x_k[0], None, cu_seqlens)[0].squeeze(0))))
 
 
 class RWKV7(RWKV):

@@ -1,8 +1,9 @@
 """A training step of stage 2 against a Llama of the same size in transformers, with the same encoder. `python benchmarks/train_step.py`
 
 Both read one picture (CLIP's ViT, frozen, 577 image tokens) and text up to the length, in bf16 products, and take a step of
-AdamW. A fifth of the tokens is learned. "head at labels": both with our loss, which computes logits there alone; "head
-everywhere": transformers' own loss for the Llama, and ours with every position labelled.
+AdamW, in memory that is kept as training keeps it. A fifth of the tokens is learned. "head at labels": both with our loss,
+which computes logits there alone; "head everywhere": transformers' own loss for the Llama, and ours with every position
+labelled.
 
 Writes benchmarks/results/<machine>/train_step.json.
 """
@@ -22,6 +23,7 @@ from visualrwkv.config import ModelConfig, RWKVConfig, ViTConfig
 from visualrwkv.model import Encoded, VisualRWKV
 from visualrwkv.text.prompt import IGNORE
 from visualrwkv.training.loss import packed_loss
+from visualrwkv.training.memory import keep_freed_memory, share_one_heap
 
 ENCODER = ViTConfig(12, 384, 6, 1536, image_size=336, patch_size=14)
 LANGUAGE = {"n_layer": 8, "n_embd": 512}
@@ -113,6 +115,8 @@ def main() -> None:
     parser.add_argument("--versions", nargs="*", type=int, default=[6, 7])
     parser.add_argument("--seconds", type=float, default=40.0, help="for each pair")
     options = parser.parse_args()
+    share_one_heap()
+    keep_freed_memory()  # as training does
     found: dict[str, Any] = {}
     for version in options.versions:
         for length in options.lengths:

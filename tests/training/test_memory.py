@@ -18,6 +18,25 @@ trim_memory()
 print(full - psutil.Process().memory_info().rss)
 """
 
+AGAIN = """
+import resource
+from visualrwkv.training.memory import keep_freed_memory
+keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(64 << 20)
+    block[::4096] = bytes(len(block[::4096]))
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    del block
+print(faults)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_memory_that_is_kept_costs_no_page_fault_again():
+    faults = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, check=True).stdout
+    assert int(faults) < 1000  # of 16,384 pages
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_goes_back():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from visualrwkv.commandline import parse, run
 from visualrwkv.config import RWKV_PRESETS, ModelConfig, preset
-from visualrwkv.training.memory import share_one_heap
+from visualrwkv.training.memory import keep_freed_memory, share_one_heap
 from visualrwkv.training.recipes import RECIPES, Recipe, Stage, meeting
 
 
@@ -59,6 +59,7 @@ def main() -> None:
     if options.watch_every < 1:
         raise ValueError(f"watch_every is {options.watch_every}; it must be at least 1")
     share_one_heap()  # before torch starts its threads
+    keep_freed_memory()
     import torch
 
     from visualrwkv.checkpoint import compose, load_model, model_hash

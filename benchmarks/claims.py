@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -232,6 +233,7 @@ def main() -> None:
     if min(options.seeds, options.steps, options.lanes) < 1:
         parser.error("--seeds, --steps and --lanes must be at least 1")
     if not options.tell:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are told to save and end, too
         data, encoder = material(options.home)
         Lanes(options.home, data, encoder, wanted(options.experiments, options.seeds, options.steps)).run(options.lanes)
     found = gathered(options.home, options.experiments, options.seeds, options.steps)

@@ -112,15 +112,15 @@ __global__ void __launch_bounds__(WARPS* WARP)
     Values<VALUES> before = token_before(sizes, walk, x, last);
     for (; walk.row < walk.end; walk.next()) {
         if (walk.starts() && walk.row > walk.first) before = token_before(sizes, walk, x, last);
-        const Values<VALUES> now = read<VALUES>(x + walk.row * sizes.C + walk.channel);
+        const int64_t at = walk.row * sizes.C + walk.channel;
+        const Values<VALUES> now = read<VALUES>(x + at);
 #pragma unroll
         for (int m = 0; m < MOST; m++) {
             if (m == sizes.M) break;
-            const int64_t at = (m * sizes.rows + walk.row) * sizes.C + walk.channel;
-            Values<VALUES> mixed = weights<VALUES>(mix, m, delta, at);
+            Values<VALUES> mixed = weights<VALUES>(mix, m, delta, m * sizes.rows * sizes.C + at);
 #pragma unroll
             for (int i = 0; i < VALUES; i++) mixed.at[i] = now.at[i] + (before.at[i] - now.at[i]) * mixed.at[i];
-            write(out.of[m] + walk.row * sizes.C + walk.channel, mixed);
+            write(out.of[m] + at, mixed);
         }
         before = now;
     }
@@ -139,18 +139,19 @@ __global__ void __launch_bounds__(WARPS* WARP)
     // The row after the last is another thread's, but what it owes to our last row is ours.
     for (; walk.first < walk.end && walk.row <= walk.end; walk.next()) {
         const bool ours = walk.row < walk.end, starts = walk.row < sizes.rows && walk.starts();
+        const int64_t at = walk.row * C + channel;
         Values<VALUES> now = {}, dnow = {}, shifted = {};
         if (ours) {
             if (starts && walk.row > walk.first) before = token_before(sizes, walk, x, last);
-            now = read<VALUES>(x + walk.row * C + channel);
+            now = read<VALUES>(x + at);
         }
         if (ours || (walk.row < sizes.rows && !starts)) {
 #pragma unroll
             for (int m = 0; m < MOST; m++) {
                 if (m == sizes.M) break;
-                const int64_t at = (m * sizes.rows + walk.row) * C + channel;
-                const Values<VALUES> g = read<VALUES>(dout.of[m] + walk.row * C + channel);
-                const Values<VALUES> c = weights<VALUES>(mix, m, delta, at);
+                const int64_t with_delta = m * sizes.rows * C + at;
+                const Values<VALUES> g = read<VALUES>(dout.of[m] + at);
+                const Values<VALUES> c = weights<VALUES>(mix, m, delta, with_delta);
                 Values<VALUES> d;
 #pragma unroll
                 for (int i = 0; i < VALUES; i++) {
@@ -159,13 +160,13 @@ __global__ void __launch_bounds__(WARPS* WARP)
                     d.at[i] = g.at[i] * (before.at[i] - now.at[i]);
                     if (ours) dmix[m].at[i] += d.at[i];
                 }
-                if (ddelta && ours) write(ddelta + at, d);
+                if (ddelta && ours) write(ddelta + with_delta, d);
             }
         }
         if (walk.row > walk.first) {
 #pragma unroll
             for (int i = 0; i < VALUES; i++) dbefore.at[i] += starts ? 0.0f : shifted.at[i];
-            write(dx + (walk.row - 1) * C + channel, dbefore);
+            write(dx + at - C, dbefore);
         }
         if (ours && starts) write(dlast + walk.sequence * C + channel, shifted);
         before = now;

@@ -14,6 +14,8 @@ import torch
 from visualrwkv.ops import build as build_module
 from visualrwkv.ops import library
 from visualrwkv.ops.biwkv import bi_wkv_compiled
+from visualrwkv.ops.elementwise import relu_squared
+from visualrwkv.ops.gates7 import before_wkv7
 from visualrwkv.ops.mix import token_mix_compiled
 from visualrwkv.ops.wkv6 import wkv6_compiled
 from visualrwkv.ops.wkv7 import wkv7_compiled
@@ -190,13 +192,14 @@ def test_every_instruction_set_computes_the_same(library_file, monkeypatch):
     r, k, v, w, a, b = (torch.randn(2, 37, 3, 32, generator=g, requires_grad=True) for _ in range(6))
     u, c, d = torch.randn(3, 32, generator=g), torch.randn(9, generator=g) / 30, torch.randn(9, generator=g)
     x, y = torch.randn(2, 2, 37, 9, generator=g).unbind(0)
+    weights, flat = torch.rand(4, 32, generator=g), [t[0, :, 0] for t in (k, w, r)]
     calls = {
         "wkv6": lambda: wkv6_compiled(r, k, v, w, u)[0],
         "wkv7": lambda: wkv7_compiled(r, w, k, v, a * 0.1, b * 0.1)[0],
         "bi_wkv": lambda: bi_wkv_compiled(c, d, x, y),
-        "mix": lambda: token_mix_compiled(
-            r[:, :, 0], None, torch.rand(2, 32, generator=torch.Generator().manual_seed(1))
-        ),
+        "mix": lambda: torch.stack(token_mix_compiled(r[:, :, 0], None, weights[:2])),
+        "before_wkv7": lambda: torch.stack(before_wkv7(*flat, *weights, 1)),
+        "relu_squared": lambda: relu_squared(r),
     }
     variants = supported()
     assert variants
@@ -206,7 +209,7 @@ def test_every_instruction_set_computes_the_same(library_file, monkeypatch):
         library.function.cache_clear()
         for name, call in calls.items():
             out = call()
-            gradient = torch.autograd.grad(out.square().sum(), r)[0] if name in ("wkv6", "wkv7") else out.detach()
+            gradient = torch.autograd.grad(out.square().sum(), r)[0] if out.requires_grad else out.detach()
             found.setdefault(name, []).append((out.detach(), gradient))
     library.function.cache_clear()
     for name, results in found.items():

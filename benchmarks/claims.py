@@ -151,7 +151,7 @@ def interval(values: list[float]) -> dict[str, Any]:
         from scipy.stats import t
 
         half = 100 * float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return {"mean": 100 * mean(values), "half": half, "seeds": len(values), "unit": "%"}
+    return {"mean": 100 * mean(values), "half": half, "each": [100 * x for x in values], "unit": "%"}
 
 
 def gathered(home: Path, experiments: list[str], seeds: int, steps: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is left of a picture after others, and after talk: `python benchmarks/recall.py` (some half an hour; it goes on where it stopped).
+"""What is left of a picture after others, and after talk: `python benchmarks/recall.py` (an hour on two cores; it goes on where it stopped).
 
 Albums show picture after picture, each with its number, and then ask for the colour or the shape of the thing in one of
 them. Talks show one picture, go on for some turns about something else, and then ask. Each kind of model of claims.py learns
@@ -232,8 +232,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=QUICKSTART.parent / "claims")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--records", type=int, default=6000)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--records", type=int, default=24_000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument(
         "--albums", type=int, default=400, help="at least so many questions for each number of pictures"
     )

@@ -1,4 +1,4 @@
-"""What is left of a picture after others, and after talk: `python benchmarks/recall.py` (an hour on two cores; it goes on where it stopped).
+"""What is left of a picture after others, and after talk: `python benchmarks/recall.py` (an hour; it goes on where it stopped).
 
 Albums show picture after picture, each with its number, and then ask for the colour or the shape of the thing in one of
 them. Talks show one picture, go on for some turns about something else, and then ask. Each kind of model of claims.py learns

@@ -195,9 +195,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = 3
+    columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(13, 3.4 * rows), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.4 * rows), sharey=True, squeeze=False)
     for panel, (name, variants) in zip(panels.flat, found.items()):
         for i, split in enumerate(SPLITS):
             places = [x + (i - 1) * 0.27 for x in range(len(variants))]

@@ -355,15 +355,12 @@ def test_a_run_with_little_learns_and_leaves_little(little, place, picture):
         torch.testing.assert_close(tensor, after[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("zero", ["1", "3"])
-def test_two_ranks_do_the_same_with_little(little, place, zero):
-    options = (*LITTLE[little], "--accumulate", "1", "--zero", zero)
-    done = train_on_two(
-        place, f"two-{little}-{zero}", *options, script="tune_state" if little == "state" else "finetune"
-    )
+def test_two_ranks_do_the_same_with_little(little, place):
+    options = (*LITTLE[little], "--accumulate", "1", "--zero", "3")  # the one that parts what is trained
+    done = train_on_two(place, f"two-{little}", *options, script="tune_state" if little == "state" else "finetune")
     assert done.returncode == 0, done.stderr
     wanted = learned(place / little)
-    for name, tensor in learned(place / f"two-{little}-{zero}").items():
+    for name, tensor in learned(place / f"two-{little}").items():
         torch.testing.assert_close(tensor, wanted[name], rtol=2e-3, atol=2e-4, msg=name)
 
 

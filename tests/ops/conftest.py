@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from visualrwkv.ops import library
+from visualrwkv.ops.build import build
 
 FLAGS = ("-std=c++17", "-O2", "-x", "c++", "-DCUDA_EMULATED", "-U_FORTIFY_SOURCE", "-shared", "-fPIC")
 
@@ -19,6 +20,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "emulated_library" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("emulated"))
+
+
+@pytest.fixture(scope="session")
+def cpu_library() -> None:
+    """The CPU library, built on first need."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the kernels with")
+    if not library.library_path().exists():
+        build()
 
 
 class Emulated:

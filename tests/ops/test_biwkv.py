@@ -1,26 +1,19 @@
 """bi-WKV: the reference against numpy, the torch and compiled forms against the reference in float64."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
 
 from tests.ops.recurrences import assert_close
-from visualrwkv.ops import bi_wkv, library
+from visualrwkv.ops import bi_wkv
 from visualrwkv.ops.biwkv import bi_wkv_compiled, bi_wkv_reference, bi_wkv_torch
-from visualrwkv.ops.build import build
 
 NAMES = ("w", "u", "k", "v")
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(cpu_library):
     """The compiled form, built on first need."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the kernels with")
-    if not library.library_path().exists():
-        build()
     return bi_wkv_compiled
 
 

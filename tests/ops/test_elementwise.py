@@ -1,22 +1,16 @@
 """Against PyTorch's own gradients."""
 
-import shutil
-
 import pytest
 import torch
 
 from visualrwkv.ops import library
-from visualrwkv.ops.build import build
 from visualrwkv.ops.elementwise import relu_squared, reorder
 
 
 @pytest.fixture(params=["torch", "compiled"])
 def form(request, monkeypatch):
     if request.param == "compiled":
-        if shutil.which("g++") is None:
-            pytest.skip("no g++ to build the kernels with")
-        if not library.library_path().exists():
-            build()
+        request.getfixturevalue("cpu_library")
     monkeypatch.setattr(library, "COMPILED", request.param == "compiled")
 
 

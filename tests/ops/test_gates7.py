@@ -1,13 +1,10 @@
 """What surrounds wkv7: the torch form against numpy, the compiled and the CUDA form (emulated) against it in float64."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
 
 from visualrwkv.ops import gates7, library
-from visualrwkv.ops.build import build
 from visualrwkv.ops.sequences import aligned
 
 EPS = 64e-5
@@ -19,12 +16,8 @@ STEPS = {  # rows, weights, and the step in torch
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(cpu_library):
     """A step in the library, built on first need."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the kernels with")
-    if not library.library_path().exists():
-        build()
 
     def run(name, x, heads):
         rows = STEPS[name][0]

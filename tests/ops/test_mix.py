@@ -1,6 +1,5 @@
 """Token shift and mix: the torch form against numpy, the compiled and the CUDA form (emulated) against it in float64."""
 
-import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from visualrwkv.ops import library, mix
-from visualrwkv.ops.build import build
 from visualrwkv.ops.mix import token_mix, token_mix_compiled, token_mix_torch, token_shift
 
 NAMES = ("x", "last", "mix", "delta")
@@ -40,12 +38,8 @@ def on_cuda(x, last, mix_, delta, cu_seqlens):
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(cpu_library):
     """The compiled form, built on first need."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the kernels with")
-    if not library.library_path().exists():
-        build()
     return token_mix_compiled
 
 

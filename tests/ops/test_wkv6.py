@@ -1,6 +1,5 @@
 """WKV-6: the reference against numpy, the torch and compiled forms against the reference in float64."""
 
-import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -8,8 +7,7 @@ import pytest
 import torch
 
 from tests.ops.recurrences import assert_close
-from visualrwkv.ops import library, wkv6, wkv6_step
-from visualrwkv.ops.build import build
+from visualrwkv.ops import wkv6, wkv6_step
 from visualrwkv.ops.wkv6 import bidirectional_wkv6, wkv6_compiled, wkv6_reference, wkv6_torch
 
 NAMES = ("r", "k", "v", "w", "u", "state")
@@ -17,12 +15,8 @@ FORMS = {"torch": wkv6_torch, "compiled": wkv6_compiled}
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(cpu_library):
     """The compiled form, built on first need."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the kernels with")
-    if not library.library_path().exists():
-        build()
     return wkv6_compiled
 
 

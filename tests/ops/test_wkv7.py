@@ -1,6 +1,5 @@
 """WKV-7: the reference against numpy, the torch and compiled forms against the reference in float64."""
 
-import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -8,20 +7,15 @@ import pytest
 import torch
 
 from tests.ops.recurrences import assert_close
-from visualrwkv.ops import library, wkv7, wkv7_step
-from visualrwkv.ops.build import build
+from visualrwkv.ops import wkv7, wkv7_step
 from visualrwkv.ops.wkv7 import wkv7_compiled, wkv7_reference, wkv7_torch
 
 NAMES = ("r", "w", "k", "v", "a", "b", "state")
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(cpu_library):
     """The compiled form, built on first need."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the kernels with")
-    if not library.library_path().exists():
-        build()
     return wkv7_compiled
 
 
